@@ -1,0 +1,477 @@
+"""
+The computations of Gated Sparse Attention (GSA, arXiv 2601.15305), without parameters: model.py owns those.
+
+Three stages, each with an eager reference (the oracle: one line per equation, O(T·S) memory) and a tiled
+PyTorch path (query tiles over the union of their keys, O(tile·S) memory) that gives the same numbers:
+
+    select            lightning indexer scores (Eq. 7), variance, budget (Eq. 8), exact top-k
+    sparse_attention  softmax attention over the selected keys, forward and backward
+    index_loss        KL from the layer's real attention to the indexer's, forward and backward
+
+`backend` names the path: "eager" or "torch". There is no silent fallback: an unknown backend raises.
+The symbols and the layout (B, T, H, d) are those at the top of model.py.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("eager", "torch")
+TILE = 64  # queries per tile of the PyTorch path
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What travels between the stages
+
+class Index(NamedTuple):
+    """The indexer's projections of one layer. `w` is after its sigmoid (raw for the ReLU indexer of DSA)."""
+    q: Tensor  # (B, T, Hi, di)
+    k: Tensor  # (B, S, di), one key shared by the indexer heads
+    w: Tensor  # (B, T, Hi)
+    b: Tensor  # (Hi,)
+    activation: str = "sigmoid"  # or "relu"
+
+
+class Budget(NamedTuple):
+    """How many keys a query gets (Eq. 8) and which it always gets. var_avg is V̄, a stored number."""
+    rule: str = "inverse"  # "inverse" | "eq8" | "fixed"
+    k_base: int = 512
+    k_min: int = 128
+    k_max: int = 1024
+    n_sink: int = 0
+    n_local: int = 0
+    var_avg: Tensor | None = None  # (), 0 while nothing has been averaged yet
+
+
+@dataclass
+class Visible:
+    """Which keys a query may attend to: those at its own position or before, in its own document."""
+    pos: Tensor                 # (B or 1, T) position of each query among the keys, increasing along T
+    n_keys: int                 # S
+    doc_q: Tensor | None = None  # (B, T) document of each query; None = one document
+    doc_k: Tensor | None = None  # (B, S) document of each key
+
+    @classmethod
+    def causal(cls, T, doc=None, device=None):
+        """The usual case: T queries at positions 0…T-1 over T keys; doc (B, T) or None."""
+        return cls(torch.arange(T, device=device)[None], T, doc, doc)
+
+    def mask(self, t0=0, t1=None):
+        """True = visible, for queries t0…t1-1 over the keys up to the last of their positions: (B or 1, t1-t0, end)."""
+        t1 = self.pos.size(1) if t1 is None else t1
+        end = int(self.pos[:, t1 - 1].max()) + 1
+        mask = torch.arange(end, device=self.pos.device) <= self.pos[:, t0:t1, None]
+        if self.doc_q is not None:
+            mask = mask & (self.doc_q[:, t0:t1, None] == self.doc_k[:, None, :end])
+        return mask
+
+    @property
+    def plain(self):
+        """One document, as many keys as queries: what is_causal of torch's attention means."""
+        return self.doc_q is None and self.pos.size(0) == 1 and self.pos.size(1) == self.n_keys
+
+    def tiles(self):
+        """[(t0, t1)]: the queries in tiles of TILE."""
+        T = self.pos.size(1)
+        return [(t0, min(t0 + TILE, T)) for t0 in range(0, T, TILE)]
+
+
+@dataclass
+class Selection:
+    """The keys S_t of every query, one set for all its heads. Saved for the backward pass, never recomputed."""
+    visible: Visible
+    budget: Tensor         # (B, T) int64, k_t = |S_t|
+    indices: Tensor | None  # (B, T, max k_t) int32 in no particular order, -1 = none; None = every visible key
+    var: Tensor | None = None  # (B, T) Var_t, population variance of the scores over the visible keys
+
+    @classmethod
+    def everything(cls, visible, B):
+        """S_t = all visible keys: dense attention (the warm-up phase)."""
+        T = visible.pos.size(1)
+        if visible.doc_q is None:
+            budget = (visible.pos + 1).expand(B, T)
+        else:
+            budget = torch.cat([visible.mask(*t).sum(-1) for t in visible.tiles()], 1)
+        return cls(visible, budget, None)
+
+    def mask(self):
+        """True = selected: (B, T, S) bool. O(T·S) memory, for tests and analysis."""
+        B, T = self.budget.shape
+        full = torch.zeros(B, T, self.visible.n_keys, dtype=torch.bool, device=self.budget.device)
+        for t0, t1 in self.visible.tiles():
+            tile = self._tile_mask(t0, t1)
+            full[:, t0:t1, :tile.size(-1)] = tile
+        return full
+
+    def _tile_mask(self, t0, t1):
+        if self.indices is None:
+            return self.visible.mask(t0, t1)
+        end = int(self.visible.pos[:, t1 - 1].max()) + 1
+        idx = self.indices[:, t0:t1].long()
+        mask = torch.zeros(*idx.shape[:2], end + 1, dtype=torch.bool, device=idx.device)
+        mask.scatter_(2, torch.where(idx < 0, end, idx), True)  # the -1s land in a column that is dropped
+        return mask[..., :end]
+
+    def tile(self, t0, t1):
+        """
+        Queries t0…t1-1 over the union of their keys.
+        Returns keys (B, U) int64, ascending (None: the U first keys, no gather needed), and mask (B or 1, t1-t0, U) bool.
+        Rows whose union is smaller than the largest are padded with keys that no query of theirs selects.
+        """
+        if self.indices is not None and t1 - t0 == 1:  # one query: the union is its own list
+            idx = self.indices[:, t0].long()
+            return idx.clamp(min=0), (idx >= 0)[:, None]
+        mask = self._tile_mask(t0, t1)
+        if self.indices is None:
+            return None, mask
+        union = mask.any(1)  # (B, end)
+        U = int(union.sum(1).max())
+        if 2 * U > union.size(1):  # most of the prefix: cheaper whole than gathered
+            return None, mask
+        keys = torch.argsort(union.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
+        return keys, mask.gather(2, keys[:, None].expand(-1, t1 - t0, -1))
+
+
+def check_backend(backend):
+    """Raise ValueError unless this build has the path."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not available; choose one of {', '.join(BACKENDS)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stage 1: scores, variance, budget, selection
+
+def _activate(z, activation):
+    return z.sigmoid() if activation == "sigmoid" else z.relu()
+
+
+def index_scores_eager(index):
+    """I[t,s] = Σ_j w[t,j] · σ(q^I[t,j]·k^I[s] / √di + b[j])  (Eq. 7), every pair: (B, T, S)."""
+    z = torch.einsum("btjd,bsd->btjs", index.q, index.k) / math.sqrt(index.q.size(-1)) + index.b[:, None]
+    return (index.w[..., None] * _activate(z, index.activation)).sum(2)
+
+
+def budgets(var, n_visible, budget):
+    """
+    k_t (Eq. 8), clamped to [k_min, k_max] and to the number of visible keys. All (B, T).
+    While nothing has been averaged (V̄ = 0) every query counts as average. Rounded, except 'eq8', printed with a floor.
+    """
+    if budget.rule == "fixed":
+        k = torch.full_like(n_visible, budget.k_base)
+    else:
+        ratio = torch.where(budget.var_avg > 0, var / budget.var_avg.to(var.dtype).clamp(min=1e-30), 1.0)
+        if budget.rule == "eq8":
+            k = (budget.k_base * ratio).clamp(max=budget.k_max).floor().long()
+        elif budget.rule == "inverse":  # DEVIATION: the direction that the paper's prose describes
+            k = (budget.k_base * (0.5 + 1 / (1 + ratio))).round().long()
+        else:
+            raise ValueError(f"k_rule {budget.rule!r} is not one of inverse, eq8, fixed")
+    return torch.minimum(k.clamp(budget.k_min, budget.k_max), n_visible)
+
+
+def _variance(scores, visible):
+    """Population variance over the visible keys only: (B, T, S), mask -> (B, T). Two passes, so no cancellation."""
+    n = visible.sum(-1)
+    mean = scores.masked_fill(~visible, 0).sum(-1) / n
+    return (scores - mean[..., None]).masked_fill_(~visible, 0).square_().sum(-1) / n
+
+
+def _rank_keys(scores, visible, pos, budget):
+    """Scores for ranking: +inf for the forced keys (self, sinks, local window), -inf for the invisible. (B, T, S)."""
+    s = torch.arange(scores.size(-1), device=scores.device)
+    forced = s > pos[..., None] - max(1, budget.n_local)
+    if budget.n_sink:
+        forced = forced | (visible.cumsum(-1) <= budget.n_sink)  # counted from the document's first key
+    return scores.masked_fill(forced, math.inf).masked_fill_(~visible, -math.inf)
+
+
+def select_eager(index, visible, budget):
+    """Reference: a stable sort of every row. Returns mask (B, T, S), k_t (B, T), Var_t (B, T)."""
+    mask = visible.mask()
+    scores = index_scores_eager(index)
+    mask = mask.expand_as(scores)
+    var = _variance(scores, mask)
+    k = budgets(var, mask.sum(-1), budget)
+    order = _rank_keys(scores, mask, visible.pos, budget).sort(dim=-1, descending=True, stable=True).indices
+    chosen = torch.arange(scores.size(-1), device=k.device) < k[..., None]
+    return torch.zeros_like(mask).scatter_(2, order, chosen), k, var
+
+
+def _tile_scores(index, t0, t1, end):
+    """Scores of queries t0…t1-1 over keys 0…end-1, one indexer head at a time so that the buffers stay small."""
+    keys = index.k[:, :end].transpose(1, 2)  # (B, di, end)
+    scale = 1 / math.sqrt(index.q.size(-1))
+    scores = 0
+    for j in range(index.q.size(2)):
+        z = torch.baddbmm(index.b[j], index.q[:, t0:t1, j], keys, alpha=scale)  # (B, tq, end)
+        z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
+        scores = z.mul_(index.w[:, t0:t1, j, None]) if j == 0 else scores.addcmul_(z, index.w[:, t0:t1, j, None])
+    return scores
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def select(index, visible, budget, backend="torch"):
+    """
+    Lightning indexer -> budget -> exact top-k (Eqs. 7, 8).
+
+    index: Index, visible: Visible, budget: Budget. Returns Selection, without gradient (the indexer learns through
+    index_loss). Ties go to the lower index; a query's own position is always selected; forced keys count in k_t.
+    The result for a query depends on the keys it may see and on V̄ only: causal and independent of the batch.
+    """
+    check_backend(backend)
+    if backend == "eager":
+        mask, k, var = select_eager(index, visible, budget)
+        order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :int(k.max())]
+        picked = torch.arange(order.size(-1), device=k.device) < k[..., None]
+        return Selection(visible, k, order.masked_fill(~picked, -1).int(), var)
+    B, T = index.w.shape[:2]
+    width = min(budget.k_base if budget.rule == "fixed" else budget.k_max, visible.n_keys)
+    indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
+    k, var = indices.new_zeros(B, T, dtype=torch.long), index.w.new_zeros(B, T)
+    for t0, t1 in visible.tiles():
+        mask = visible.mask(t0, t1)
+        end = mask.size(-1)
+        scores = _tile_scores(index, t0, t1, end)  # (B, tq, end)
+        if budget.rule != "fixed":
+            var[:, t0:t1] = _variance(scores, mask)
+        k_t = k[:, t0:t1] = budgets(var[:, t0:t1], mask.sum(-1).expand(B, -1), budget)
+        scores = _rank_keys(scores, mask, visible.pos[:, t0:t1], budget)
+        if end <= width + 1:
+            order = scores.sort(dim=-1, descending=True, stable=True).indices
+        else:
+            top, order = scores.topk(width + 1)
+            # A tie across the boundary: topk kept any of the equals, a stable sort keeps the lowest index.
+            rows = (top.gather(2, k_t[..., None] - 1) == top.gather(2, k_t[..., None]))[..., 0].nonzero(as_tuple=True)
+            if len(rows[0]):
+                order[rows] = scores[rows].sort(dim=-1, descending=True, stable=True).indices[:, :width + 1]
+        n = min(width, end)
+        picked = torch.arange(n, device=k.device) < k_t[..., None]
+        indices[:, t0:t1, :n] = order[..., :n].masked_fill(~picked, -1).int()
+    return Selection(visible, k, indices, var)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stage 2: attention over the selected keys
+
+def sparse_attention_eager(q, k, v, mask):
+    """softmax(q·k/√d) over S_t, times v. mask (B, T, S). Returns o (B, T, H, d) and LSE (B, T, H), natural log."""
+    R = q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(R, 2), v.repeat_interleave(R, 2)
+    s = torch.einsum("bthd,bshd->btsh", q, k) / math.sqrt(q.size(-1))
+    s = s.masked_fill(~mask[..., None], -math.inf)
+    return torch.einsum("btsh,bshd->bthd", s.softmax(2), v), s.logsumexp(2)
+
+
+def _rows(x, G):
+    """(B, tq, H, ...) -> (B, G, R·tq, ...): the R = H/G query heads of a kv head become rows of one matrix product."""
+    B, tq, H = x.shape[:3]
+    return x.reshape(B, tq, G, H // G, -1).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * tq, -1)
+
+
+def _unrows(x, tq):
+    """The inverse of _rows: (B, G, R·tq, d) -> (B, tq, H, d)."""
+    B, G, rows, d = x.shape
+    return x.view(B, G, rows // tq, tq, d).permute(0, 3, 1, 2, 4).reshape(B, tq, -1, d)
+
+
+def _take(x, keys, U):
+    """The tile's keys out of (B, S, ...): the first U if keys is None, else gathered. (B, U, ...)."""
+    if keys is None:
+        return x[:, :U]
+    return x[torch.arange(x.size(0), device=x.device)[:, None], keys]
+
+
+def _put(grad, keys, x):
+    """The adjoint of _take: add x (B, U, ...) to grad (B, S, ...) in place."""
+    if keys is None:
+        grad[:, :x.size(1)] += x
+    else:
+        offset = torch.arange(grad.size(0), device=grad.device)[:, None] * grad.size(1)
+        grad.view(-1, *grad.shape[2:]).index_add_(0, (keys + offset).flatten(), x.flatten(0, 1))
+
+
+def _logits(q_rows, k_tile, mask):
+    """q·k/√d, -inf outside the mask, at least fp32: (B, G, R, tq, U)."""
+    s = torch.matmul(q_rows * (1 / math.sqrt(q_rows.size(-1))), k_tile.permute(0, 2, 3, 1))  # (B, G, R·tq, U)
+    s = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    s = s.view(*s.shape[:2], -1, mask.size(1), s.size(-1))
+    return s.masked_fill_(~mask[:, None, None], -math.inf)
+
+
+class _SparseAttention(torch.autograd.Function):
+    """FlashAttention's backward by tile: P recomputed from the saved LSE, so nothing of size T·k is kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, selection):
+        B, T, H, d = q.shape
+        G = k.size(2)
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(B, T, H, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        for t0, t1 in selection.visible.tiles():
+            keys, mask = selection.tile(t0, t1)
+            s = _logits(_rows(q[:, t0:t1], G), _take(k, keys, mask.size(-1)), mask)
+            l = s.logsumexp(-1, keepdim=True)  # finite: a query always sees itself
+            p = s.sub_(l).exp_().to(v.dtype).flatten(2, 3)  # (B, G, R·tq, U)
+            o[:, t0:t1] = _unrows(p @ _take(v, keys, mask.size(-1)).transpose(1, 2), t1 - t0)
+            lse[:, t0:t1] = _unrows(l.flatten(2, 3), t1 - t0)[..., 0]
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.selection = selection
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, _):
+        q, k, v, o, lse = ctx.saved_tensors
+        G, scale = k.size(2), 1 / math.sqrt(q.size(-1))
+        delta = (do.to(lse.dtype) * o).sum(-1)  # (B, T, H), Σ_s P·dP
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros(x.shape, device=x.device, dtype=lse.dtype) for x in (k, v))
+        for t0, t1 in ctx.selection.visible.tiles():
+            keys, mask = ctx.selection.tile(t0, t1)
+            tq, U = mask.size(1), mask.size(2)
+            k_t, v_t = _take(k, keys, U), _take(v, keys, U)  # (B, U, G, d)
+            q_t, do_t = _rows(q[:, t0:t1], G), _rows(do[:, t0:t1], G)  # (B, G, R·tq, d)
+            p = _logits(q_t, k_t, mask).flatten(2, 3).sub_(_rows(lse[:, t0:t1], G)).exp_()
+            dp = do_t @ v_t.permute(0, 2, 3, 1)
+            ds = (p * (dp - _rows(delta[:, t0:t1], G))).mul_(scale).to(q.dtype)
+            dq[:, t0:t1] = _unrows(ds @ k_t.transpose(1, 2), tq)
+            _put(dk, keys, (ds.transpose(2, 3) @ q_t).transpose(1, 2).to(dk.dtype))
+            _put(dv, keys, (p.to(q.dtype).transpose(2, 3) @ do_t).transpose(1, 2).to(dv.dtype))
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+@torch.compiler.disable
+def sparse_attention(q, k, v, selection, backend="torch"):
+    """
+    Attention over the selected keys, differentiable in q, k, v.
+
+    q (B, T, H, d); k, v (B, S, G, d), H % G == 0. Returns o (B, T, H, d) and LSE (B, T, H) (natural log, no gradient).
+    """
+    check_backend(backend)
+    if q.size(2) % k.size(2):
+        raise ValueError(f"q has {q.size(2)} heads, not a multiple of the {k.size(2)} of k and v")
+    if backend == "eager":
+        o, lse = sparse_attention_eager(q, k, v, selection.mask())
+        return o, lse.detach()
+    with torch.autocast(q.device.type, enabled=False):
+        return _SparseAttention.apply(q, k, v, selection)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stage 3: what the indexer learns from
+
+def index_loss_eager(q, k, index, log_tau, mask):
+    """Reference: mean over t of KL(p ‖ softmax(τ·I)), p = mean over heads of the attention, both over S_t."""
+    R = q.size(2) // k.size(2)
+    s = torch.einsum("bthd,bshd->btsh", q, k.repeat_interleave(R, 2)).detach() / math.sqrt(q.size(-1))
+    p = s.masked_fill(~mask[..., None], -math.inf).softmax(2).mean(-1)
+    log_q = (log_tau.exp() * index_scores_eager(index)).masked_fill(~mask, -math.inf).log_softmax(-1)
+    return (torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0)).sum(-1).mean()
+
+
+def _teacher(q, k, lse, selection, t0, t1, keys, mask):
+    """p[t,·]: mean over heads of the attention of queries t0…t1-1, from their LSE. (B, tq, U)."""
+    G = k.size(2)
+    s = _logits(_rows(q[:, t0:t1], G), _take(k, keys, mask.size(-1)), mask)
+    s = s.flatten(2, 3).sub_(_rows(lse[:, t0:t1], G)).exp_()  # (B, G, R·tq, U)
+    return s.view(s.size(0), -1, t1 - t0, s.size(-1)).mean(1)
+
+
+class _IndexLoss(torch.autograd.Function):
+    """The loss is a scalar, so its gradients are computed in the same pass over the tiles and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, lse, selection):
+        B, T, Hi, di = iq.shape
+        scale, tau = 1 / math.sqrt(di), log_tau.exp()
+        loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
+        dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
+        for t0, t1 in selection.visible.tiles():
+            keys, mask = selection.tile(t0, t1)
+            p = _teacher(q, k, lse, selection, t0, t1, keys, mask).to(iq.dtype)  # (B, tq, U)
+            k_t = _take(ik, keys, mask.size(-1))  # (B, U, di)
+            acts, scores = [], 0
+            for j in range(Hi):
+                z = torch.baddbmm(ib[j], iq[:, t0:t1, j], k_t.transpose(1, 2), alpha=scale)
+                acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
+                scores = scores + acts[j] * iw[:, t0:t1, j, None]
+            log_q = (tau * scores).masked_fill_(~mask, -math.inf).log_softmax(-1)
+            loss += (torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0)).sum()
+            g = log_q.exp_().sub_(p)  # gradient with respect to τ·I: student - teacher
+            dtau += (g * scores).sum() * tau
+            g *= tau
+            dk_t = torch.zeros_like(k_t)
+            for j, a in enumerate(acts):
+                dw[:, t0:t1, j] = (g * a).sum(-1)
+                slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
+                dz = slope.mul_(g).mul_(iw[:, t0:t1, j, None])
+                db[j] += dz.sum()
+                dq[:, t0:t1, j] = (dz @ k_t).mul_(scale)
+                dk_t.baddbmm_(dz.transpose(1, 2), iq[:, t0:t1, j], alpha=scale)
+            _put(dk, keys, dk_t)
+        ctx.save_for_backward(dq, dk, dw, db, dtau)
+        ctx.n = B * T
+        return loss / ctx.n
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 5
+
+
+@torch.compiler.disable
+def index_loss(q, k, lse, index, log_tau, selection, backend="torch"):
+    """
+    Mean over queries of KL(p ‖ softmax over S_t of τ·I), in nats; τ = exp(log_tau).  DEVIATION: τ (see README).
+
+    q (B, T, H, d), k (B, S, G, d), lse (B, T, H): the layer's attention, the teacher p, which gets no gradient.
+    index: Index and log_tau (): the student, which does. selection: the keys S_t of both.
+    """
+    check_backend(backend)
+    if backend == "eager":
+        return index_loss_eager(q.detach(), k.detach(), index, log_tau, selection.mask())
+    with torch.autocast(q.device.type, enabled=False):
+        return _IndexLoss.apply(*index[:4], log_tau, index.activation, q.detach(), k.detach(), lse, selection)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measurements
+
+@torch.compiler.disable
+@torch.no_grad()
+def attention_report(q, k, selection):
+    """
+    What the selection does to the layer's attention, as a dict of 0-dim tensors. O(T²) time, O(tile·S) memory.
+
+    recall       mass that full attention (mean over heads) puts inside S_t, mean over the queries that have to choose
+                 (k_t < number of visible keys); 1 where none has to
+    recall_best  the same for the best k_t keys, the ones an oracle would pick
+    first_token  share of the attention over S_t that goes to the first key of the document, mean over the queries after it
+    """
+    visible = selection.visible
+    everything = Selection(visible, selection.budget, None)
+    recall = best = first = 0.0
+    choosing = later = 0
+    for t0, t1 in visible.tiles():
+        see = visible.mask(t0, t1)  # (B or 1, tq, end)
+        G, end = k.size(2), see.size(-1)
+        p = _logits(_rows(q[:, t0:t1], G), k[:, :end], see).softmax(-1)  # (B, G, R, tq, end)
+        inside = selection._tile_mask(t0, t1)
+        kept = p * inside[:, None, None]
+        kept = (kept / kept.sum(-1, keepdim=True)).mean((1, 2))  # (B, tq, end), what the layer really attends with
+        p = p.mean((1, 2))
+        k_t, n = selection.budget[:, t0:t1], see.sum(-1)
+        choose = k_t < n  # (B, tq)
+        choosing += choose.sum()
+        recall += ((p * inside).sum(-1) * choose).sum()
+        top = p.sort(-1, descending=True).values.cumsum(-1).gather(2, k_t[..., None] - 1)[..., 0]
+        best += (top * choose).sum()
+        is_first = (see.cumsum(-1) == 1) & see
+        after = (n > 1).expand_as(k_t)
+        later += after.sum()
+        first += ((kept * is_first).sum(-1) * after).sum()
+    one = torch.ones((), device=q.device)
+    return {"recall": recall / choosing if choosing else one, "recall_best": best / choosing if choosing else one,
+            "first_token": first / later.clamp(min=1)}

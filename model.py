@@ -1,0 +1,497 @@
+"""
+Gated Sparse Attention (GSA, arXiv 2601.15305): a Llama-style decoder whose attention layer is the paper's.
+Read it from Gate and Indexer upwards to GSA; the computations without parameters are in kernels.py.
+
+    config = GSAConfig.arm("gsa", vocab_size=257, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, block_size=512)
+    out = GSA(config)(idx, targets)       # out.logits, out.loss, out.index_loss, out.stats
+
+Four arms, the same code with switches: dense (neither), gated (gates only), sparse (DeepSeek's DSA: ReLU indexer, fixed
+k), gsa (all). With every switch off the layer is plain causal attention.
+
+Symbols  B batch   T query positions   S key positions   C model width   H query heads   G key/value heads (H % G == 0)
+         d head width   Hi indexer heads   di indexer width   k_t budget of query t   S_t its keys   σ sigmoid
+Layout   (B, T, H, d) everywhere. Masks: True = attend. Invalid index: -1.
+"""
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+
+ARMS = {
+    "dense": dict(sparse=False, value_gate=False, output_gate=False),
+    "gated": dict(sparse=False, value_gate=True, output_gate=True),
+    "sparse": dict(sparse=True, value_gate=False, output_gate=False, index_activation="relu", k_rule="fixed"),
+    "gsa": dict(sparse=True, value_gate=True, output_gate=True, index_activation="sigmoid"),
+}
+
+
+@dataclass
+class GSAConfig:
+    vocab_size: int = 50257
+    block_size: int = 4096  # longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12  # H
+    n_kv_head: int = 4  # G
+    n_embd: int = 768  # C
+    rope_base: float = 10000.0
+    sparse: bool = True  # attend to selected keys only; False = to every key
+    value_gate: bool = True  # G2, Eq. 9
+    output_gate: bool = True  # G1, Eq. 10
+    gate_bias_init: float = 0.5  # σ(0.5) = 0.62
+    n_index_head: int = 4  # Hi
+    d_index: int = 64  # di
+    index_activation: str = "sigmoid"  # "relu" is DeepSeek's DSA indexer
+    index_rope: bool = True  # DEVIATION: the official indexer ignores positions
+    k_rule: str = "inverse"  # "eq8": the formula as printed; "fixed": k_base
+    k_base: int = 512
+    k_min: int = 128
+    k_max: int = 1024
+    n_sink: int = 0  # first keys of the document, always selected
+    n_local: int = 0  # last keys, the query's own included, always selected
+
+    @classmethod
+    def arm(cls, name, **dims):
+        """The config of one of the four arms (ARMS) with the given dimensions; dims may override its switches."""
+        if name not in ARMS:
+            raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
+        return cls(**{**ARMS[name], **dims})
+
+    def __post_init__(self):
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_index_head", "d_index",
+                     "k_base", "k_min", "k_max"):
+            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
+        need(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        need(self.n_embd // self.n_head % 2 == 0, f"head width {self.n_embd // self.n_head} is odd: RoPE rotates pairs")
+        need(self.d_index % 2 == 0, f"d_index {self.d_index} is odd: RoPE rotates pairs")
+        need(self.index_activation in ("sigmoid", "relu"), f"index_activation {self.index_activation!r} is not sigmoid or relu")
+        need(self.k_rule in ("inverse", "eq8", "fixed"), f"k_rule {self.k_rule!r} is not one of inverse, eq8, fixed")
+        need(self.k_min <= self.k_max, f"k_min {self.k_min} is larger than k_max {self.k_max}")
+        need(self.n_sink >= 0 and self.n_local >= 0, "n_sink and n_local must not be negative")
+        need(self.n_sink + max(1, self.n_local) <= self.k_min,
+             f"k_min {self.k_min} has no room for the {self.n_sink} + {max(1, self.n_local)} forced keys (n_sink, n_local)")
+
+    @property
+    def d_head(self):
+        return self.n_embd // self.n_head
+
+
+@dataclass
+class GSAOutput:
+    """loss and index_loss are None without targets, index_loss also without an indexer."""
+    logits: Tensor  # (B, T, vocab_size)
+    loss: Tensor | None = None  # (), mean cross-entropy in nats per token
+    index_loss: Tensor | None = None  # (), KL in nats per query, summed over the layers
+    stats: dict = field(default_factory=dict)  # name -> (n_layer,), see Attention.stats
+
+
+class KVCache:
+    """Keys and values of every layer, the indexer's keys beside them. Rows may have different lengths."""
+
+    def __init__(self, config, B, size, device=None, dtype=None):
+        def empty(*shape):
+            return [torch.zeros(B, size, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.k, self.v = empty(config.n_kv_head, config.d_head), empty(config.n_kv_head, config.d_head)
+        self.k_index = empty(config.d_index) if config.sparse else [None] * config.n_layer
+        self.doc = torch.zeros(B, size, dtype=torch.long, device=device)
+        self.length = torch.zeros(B, dtype=torch.long, device=device)  # tokens held, per row
+        self.size = size
+
+    @staticmethod
+    def write(buffer, pos, x):
+        """Put x (B, T, ...) at positions pos (B, T) of buffer (B, S, ...) and return the buffer."""
+        buffer[torch.arange(len(x), device=x.device)[:, None], pos] = x.to(buffer.dtype)
+        return buffer
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-6)
+
+
+def rope(x, cos, sin):
+    """Rotary position embedding (RoFormer), halves rotated against each other. x (B, T, H, d); cos, sin (1 or B, T, 1, d/2)."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def rope_tables(block_size, width, base):
+    angle = torch.arange(block_size)[:, None] * base ** (-torch.arange(0, width, 2) / width)  # (block_size, width/2)
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+class Gate(nn.Module):
+    """σ(h W + b), elementwise (Eqs. 9 and 10). h (B, T, C) -> (B, T, width)."""
+
+    def __init__(self, n_embd, width):
+        super().__init__()
+        self.proj = nn.Linear(n_embd, width)
+
+    def forward(self, h):
+        return torch.sigmoid(self.proj(h))
+
+
+class Indexer(nn.Module):
+    """The gated lightning indexer (Eq. 7) and the running average V̄ its budget is measured against."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        Hi, di = config.n_index_head, config.d_index
+        self.wq = nn.Linear(config.n_embd, Hi * di, bias=False)
+        self.wk = nn.Linear(config.n_embd, di, bias=False)
+        self.ww = nn.Linear(config.n_embd, Hi)
+        if config.index_activation == "sigmoid":
+            self.b = nn.Parameter(torch.empty(Hi))
+        else:
+            self.register_buffer("b", torch.zeros(Hi), persistent=False)
+        self.log_tau = nn.Parameter(torch.empty(()))
+        self.register_buffer("var_avg", torch.zeros(()))  # V̄, 0 = nothing averaged yet
+        self.register_buffer("var_seen", torch.zeros(2), persistent=False)  # Σ and count of batch means since the last update
+        for name, table in zip(("cos", "sin"), rope_tables(config.block_size, di, config.rope_base)):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, h, pos):
+        """h (B, T, C), pos (1 or B, T) -> kernels.Index of these T positions, in fp32 also under autocast."""
+        B, T, _ = h.shape
+        Hi, di = self.config.n_index_head, self.config.d_index
+        h = h.detach()  # the indexer learns from its own loss only, and the model not from the indexer's
+        q, k, w = self.wq(h).view(B, T, Hi, di), self.wk(h).view(B, T, 1, di), self.ww(h)
+        q, k, w = (x.to(self.log_tau.dtype) for x in (q, k, w))
+        if self.config.index_rope:  # DEVIATION: attention mass caught 0.84 with, 0.48 without (README)
+            q, k = rope(q, self.cos[pos], self.sin[pos]), rope(k, self.cos[pos], self.sin[pos])
+        if self.config.index_activation == "sigmoid":
+            w = w.sigmoid()
+        return kernels.Index(q, k[:, :, 0], w, self.b, self.config.index_activation)
+
+    def budget(self):
+        c = self.config
+        return kernels.Budget(c.k_rule, c.k_base, c.k_min, c.k_max, c.n_sink, c.n_local, self.var_avg)
+
+
+class Attention(nn.Module):
+    """One GSA layer (SPEC order: projections, value gate, indexer, selection, attention, output gate, projection)."""
+
+    def __init__(self, config, backend):
+        super().__init__()
+        self.config, self.backend = config, backend
+        C, d = config.n_embd, config.d_head
+        self.wq = nn.Linear(C, config.n_head * d, bias=False)
+        self.wk = nn.Linear(C, config.n_kv_head * d, bias=False)
+        self.wv = nn.Linear(C, config.n_kv_head * d, bias=False)
+        self.wo = nn.Linear(config.n_head * d, C, bias=False)
+        self.value_gate = Gate(C, config.n_kv_head * d) if config.value_gate else None
+        self.output_gate = Gate(C, config.n_head * d) if config.output_gate else None
+        self.indexer = Indexer(config) if config.sparse else None
+        for name, table in zip(("cos", "sin"), rope_tables(config.block_size, d, config.rope_base)):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, h, visible, cache=None, layer=0, warmup=False, want_loss=False, want_stats=False):
+        """
+        h (B, T, C) normalised input -> (B, T, C), index loss () or None, stats dict.
+        warmup: attend to every visible key (the indexer's phase 1).
+        """
+        B, T, C = h.shape
+        H, G, d = self.config.n_head, self.config.n_kv_head, self.config.d_head
+        pos, kernel = visible.pos, self.backend
+        q = self.wq(h).view(B, T, H, d)
+        k = self.wk(h).view(B, T, G, d)
+        v = self.wv(h)  # (B, T, G·d)
+        q, k = rope(q, self.cos[pos], self.sin[pos]), rope(k, self.cos[pos], self.sin[pos])
+        gates = {}
+        if self.value_gate:
+            gates["value_gate"] = self.value_gate(h)
+            v = v * gates["value_gate"]  # Eq. 9
+        v = v.view(B, T, G, d)
+        if cache is not None:
+            at = pos.expand(B, T)
+            k, v = cache.write(cache.k[layer], at, k), cache.write(cache.v[layer], at, v)  # (B, S, G, d)
+
+        index_loss = selection = None
+        if self.indexer:
+            index = self.indexer(h, pos)
+            if cache is not None:
+                index = index._replace(k=cache.write(cache.k_index[layer], at, index.k))
+            selection = kernels.select(index, visible, self.indexer.budget(), kernel)  # Eqs. 7, 8
+            if self.training:
+                self.indexer.var_seen += torch.stack((selection.var.mean(), torch.ones_like(selection.var[0, 0]))).float()
+            attended = kernels.Selection.everything(visible, B) if warmup else selection
+            o, lse = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
+            if want_loss:
+                index_loss = kernels.index_loss(q, k, lse, index, self.indexer.log_tau, attended, kernel)
+        else:
+            mask = None if visible.plain else visible.mask()[:, None]
+            S = T if visible.plain else mask.size(-1)
+            o = F.scaled_dot_product_attention(*(x[:, :S].transpose(1, 2) for x in (q, k, v)), attn_mask=mask,
+                                               is_causal=mask is None, enable_gqa=H != G).transpose(1, 2)
+        o = o.reshape(B, T, H * d)
+        if self.output_gate:
+            gates["output_gate"] = self.output_gate(h)
+            o = o * gates["output_gate"]  # Eq. 10
+        stats = self.stats(q, k, visible, selection, warmup, gates) if want_stats else {}
+        return self.wo(o), index_loss, stats
+
+    @torch.no_grad()
+    def stats(self, q, k, visible, selection, warmup, gates):
+        """
+        What the layer did, each (): k_t, var_ratio (Var/V̄), recall, recall_best and first_token of
+        kernels.attention_report, mean of each gate. In warm-up the recall is that of the keys it would have selected.
+        """
+        stats = {name: g.mean() for name, g in gates.items()}
+        if selection:
+            stats["k_t"] = selection.budget.float().mean()
+            stats["var_ratio"] = selection.var.mean() / self.indexer.var_avg.clamp(min=1e-30)
+        everything = kernels.Selection.everything(visible, q.size(0))
+        report = kernels.attention_report(q, k, selection or everything)
+        if selection is None:
+            report = {"first_token": report["first_token"]}
+        elif warmup:
+            report["first_token"] = kernels.attention_report(q, k, everything)["first_token"]
+        return {**stats, **report}
+
+
+class MLP(nn.Module):
+    """SwiGLU, hidden width 8C/3 rounded up to a multiple of 32."""
+
+    def __init__(self, n_embd):
+        super().__init__()
+        hidden = -(-8 * n_embd // 3 // 32) * 32
+        self.gate_up = nn.Linear(n_embd, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config, backend):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
+        self.attn, self.mlp = Attention(config, backend), MLP(config.n_embd)
+
+    def forward(self, x, visible, **how):
+        a, index_loss, stats = self.attn(self.norm1(x), visible, **how)
+        x = x + a
+        x = x + self.mlp(self.norm2(x))
+        if stats:
+            stats["max_activation"] = x.detach().abs().max()
+        return x, index_loss, stats
+
+
+class GSA(nn.Module):
+    """The language model. backend: the path of kernels.py that computes the attention, "torch" or "eager"."""
+
+    def __init__(self, config, backend="torch"):
+        super().__init__()
+        kernels.check_backend(backend)
+        self.config = config
+        self.rows = -(-config.vocab_size // 64) * 64  # embedding rows, padded for the matrix units; never output
+        self.embed = nn.Embedding(self.rows, config.n_embd)  # tied: also the output projection
+        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        parameter                        initial value
+        embed, every projection          N(0, 0.02), as GPT-2
+        wo, mlp.down                     N(0, 0.02/√(2 n_layer)): the residual stream grows with neither depth
+        gate weights                     N(0, 0.002); gate biases gate_bias_init, so gates start equal and half open
+        indexer.wq, .wk, .ww             N(0, 1/√C): scores spread enough from the start to rank keys
+        indexer.ww bias, .b              0; the ReLU indexer's ww bias 1/Hi, since w = 0 would stop every gradient
+        indexer.log_tau                  log 4
+        norms                            1
+        """
+        c, small = self.config, 0.02 / math.sqrt(2 * self.config.n_layer)
+        done = set()
+
+        def put(module, prefix, suffixes, fill):
+            for name, p in module.named_parameters():
+                if name.endswith(suffixes) and prefix in name and name not in done:
+                    fill(p)
+                    done.add(name)
+        normal = lambda std: lambda p: nn.init.normal_(p, 0.0, std)
+        constant = lambda value: lambda p: nn.init.constant_(p, value)
+        put(self, "indexer", ("log_tau",), constant(math.log(4)))
+        put(self, "indexer", ("ww.bias",), constant(0.0 if c.index_activation == "sigmoid" else 1 / c.n_index_head))
+        put(self, "indexer", (".b",), constant(0.0))
+        put(self, "indexer", (".weight",), normal(c.n_embd ** -0.5))
+        put(self, "_gate", (".weight",), normal(0.002))
+        put(self, "_gate", (".bias",), constant(c.gate_bias_init))
+        put(self, "norm", (".weight",), constant(1.0))
+        put(self, "", ("wo.weight", "down.weight"), normal(small))
+        put(self, "", (".weight",), normal(0.02))
+        missed = {name for name, _ in self.named_parameters()} - done
+        assert not missed, f"not initialised: {missed}"
+
+    def trunk(self, idx, doc=None, cache=None, warmup=False, want_loss=False, want_stats=False):
+        """idx (B, T) -> normalised final hidden states (B, T, C), index loss summed over layers or None, stats dict."""
+        B, T = idx.shape
+        assert doc is None or doc.shape == idx.shape, f"doc {tuple(doc.shape)} must match idx {tuple(idx.shape)}"
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
+            visible = kernels.Visible.causal(T, doc, idx.device)
+        else:
+            pos = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+            if int(pos[:, -1].max()) >= min(cache.size, self.config.block_size):
+                raise ValueError(f"{int(pos[:, -1].max()) + 1} tokens do not fit in the cache ({cache.size}) and "
+                                 f"block_size ({self.config.block_size})")
+            visible = kernels.Visible(pos, cache.size)
+            if doc is not None:
+                visible.doc_q, visible.doc_k = doc, cache.write(cache.doc, pos, doc)
+            cache.length = cache.length + T
+        x = self.embed(idx)  # (B, T, C)
+        index_losses, stats = [], []
+        for layer, block in enumerate(self.blocks):
+            x, index_loss, s = block(x, visible, cache=cache, layer=layer, warmup=warmup, want_loss=want_loss,
+                                     want_stats=want_stats)
+            index_losses.append(index_loss)
+            stats.append(s)
+        index_loss = sum(index_losses) if self.config.sparse and want_loss else None
+        return self.norm(x), index_loss, {name: torch.stack([s[name] for s in stats]) for name in stats[0]}
+
+    def head(self, x):
+        return F.linear(x, self.embed.weight)[..., :self.config.vocab_size]
+
+    def forward(self, idx, targets=None, doc=None, cache=None, warmup=False, stats=True):
+        """
+        idx (B, T) int64 -> GSAOutput. targets (B, T), -1 = ignored; with them loss and index_loss are computed.
+        doc: document of every position (B, T), equal = may attend to each other; None = one document.
+        cache: KVCache to append to; a row's positions then start at its length.
+        warmup: phase 1 of the indexer, dense attention. stats: also measure the attention, O(T²).
+        """
+        x, index_loss, stats = self.trunk(idx, doc, cache, warmup, targets is not None, stats)
+        logits = self.head(x)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return GSAOutput(logits, loss, index_loss, stats)
+
+    # ---- generation
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, separator=None, generator=None):
+        """
+        Yield one (B,) tensor of new tokens per step for a list of 1-D prompts of any lengths, -1 in the rows that have ended.
+        A row ends with its separator (yielded) or at block_size. temperature 0 is argmax.
+        """
+        device = self.embed.weight.device
+        length = torch.tensor([len(p) for p in prompts], device=device)
+        if not len(prompts) or int(length.min()) == 0:
+            raise ValueError("a prompt is empty: give at least one token")
+        if int(length.max()) > self.config.block_size:
+            raise ValueError(f"a prompt of {int(length.max())} tokens does not fit in block_size {self.config.block_size}")
+        idx = nn.utils.rnn.pad_sequence([p.to(device) for p in prompts], batch_first=True)  # padded right: causality hides it
+        B, size = len(prompts), min(int(length.max()) + max_new_tokens, self.config.block_size)
+        cache = KVCache(self.config, B, size, device, self.embed.weight.dtype)
+        doc = None if separator is None else (idx == separator).cumsum(1)
+        x = self.trunk(idx, doc, cache)[0][torch.arange(B, device=device), length - 1]  # (B, C)
+        if doc is not None:
+            doc = doc.gather(1, length[:, None] - 1)  # (B, 1): the new tokens belong to the last document
+        cache.length = length
+        alive = torch.ones(B, dtype=torch.bool, device=device)
+        for step in range(max_new_tokens):
+            token = sample(self.head(x).float(), temperature, top_k, top_p, generator)  # (B,)
+            yield torch.where(alive, token, -1)
+            if separator is not None:
+                alive = alive & (token != separator)
+            alive = alive & (cache.length < size)
+            if step + 1 == max_new_tokens or not alive.any():
+                return
+            cache.length = cache.length.clamp(max=size - 1)  # ended rows rewrite their last slot, unseen
+            x = self.trunk(token[:, None], doc, cache)[0][:, 0]
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, separator=None, generator=None):
+        """
+        Continue idx: a (B, T) tensor gives a (B, T + n) tensor, rows that ended early filled with the separator (0 if none);
+        a list of 1-D tensors of any lengths gives a list of 1-D tensors. n ≤ max_new_tokens: a row ends after its
+        separator, or when block_size is full.
+        """
+        new = list(self.stream(list(idx), max_new_tokens, temperature, top_k, top_p, separator, generator))
+        if isinstance(idx, Tensor):
+            new = torch.stack(new, 1) if new else idx[:, :0]
+            return torch.cat((idx, new.masked_fill(new < 0, separator or 0)), 1)
+        rows = torch.stack(new, 1) if new else [torch.empty(0, dtype=torch.long)] * len(idx)
+        return [torch.cat((p, row[row >= 0].to(p.device))) for p, row in zip(idx, rows)]
+
+    # ---- training support and accounting
+
+    @torch.no_grad()
+    def update_var_avg(self, decay=0.99):
+        """V̄ <- decay·V̄ + (1-decay)·(mean Var_t since the last call), over all ranks. Once per optimizer step."""
+        if not self.config.sparse:
+            return
+        seen = torch.stack([b.attn.indexer.var_seen for b in self.blocks])  # (n_layer, 2)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+        for block, (total, count) in zip(self.blocks, seen):
+            indexer = block.attn.indexer
+            if count > 0:
+                old = torch.where(indexer.var_avg > 0, indexer.var_avg, total / count)
+                indexer.var_avg.copy_(decay * old + (1 - decay) * total / count)
+            indexer.var_seen.zero_()
+
+    def param_groups(self, weight_decay=0.1, index_lr_mult=10.0):
+        """Optimizer groups: matrices (decayed), vectors, indexer (its learning rate times index_lr_mult). Each has a "name"."""
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        index = [p for n, p in named.items() if ".indexer." in n]
+        matrix = [p for n, p in named.items() if ".indexer." not in n and p.dim() > 1]
+        vector = [p for n, p in named.items() if ".indexer." not in n and p.dim() < 2]
+        groups = [dict(name="matrix", params=matrix, weight_decay=weight_decay, lr_mult=1.0),
+                  dict(name="vector", params=vector, weight_decay=0.0, lr_mult=1.0),
+                  dict(name="indexer", params=index, weight_decay=0.0, lr_mult=index_lr_mult)]
+        groups = [g for g in groups if g["params"]]
+        assert sum(len(g["params"]) for g in groups) == len(named), "a parameter is in no group or in two"
+        return groups
+
+    def flops_per_token(self, T=None, training=True, warmup=False):
+        """
+        Model FLOPs per token at context T (default block_size), averaged over its positions; training = 3 × forward.
+        Matrices 2 per weight; dense attention 4·(T/2)·H·d; sparse 4·k·H·d with k = min(k_base, T/2) and the indexer's
+        2·(T/2)·Hi·di. Recomputation is not counted.
+        """
+        c, T = self.config, T or self.config.block_size
+        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        keys = T / 2 if warmup or not c.sparse else min(c.k_base, T / 2)
+        attention = 4 * keys * c.n_embd
+        indexer = 2 * (T / 2) * c.n_index_head * c.d_index if c.sparse else 0
+        return (3 if training else 1) * (2 * weights + c.n_layer * (attention + indexer))
+
+    def kv_bytes(self, T=None, itemsize=2):
+        """Bytes of KV cache for one sequence of T tokens (default block_size), the indexer's keys included."""
+        c = self.config
+        per_token = 2 * c.n_kv_head * c.d_head + (c.d_index if c.sparse else 0)
+        return c.n_layer * (T or c.block_size) * per_token * itemsize
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw one token per row of logits (B, V) -> (B,). temperature 0: argmax. top_k, top_p: None or 0 / 1.0 = off."""
+    if temperature < 0 or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be ≥ 0 and top_p {top_p} in (0, 1]")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

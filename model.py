@@ -105,6 +105,12 @@ class KVCache:
         self.length = torch.zeros(B, dtype=torch.long, device=device)  # tokens held, per row
         self.size = size
 
+    def repeat(self, n):
+        """Repeat every row n times, in place, to continue one prompt in n ways."""
+        twice = lambda x: None if x is None else x.repeat_interleave(n, 0)
+        self.k, self.v, self.k_index = ([twice(x) for x in xs] for xs in (self.k, self.v, self.k_index))
+        self.doc, self.length = twice(self.doc), twice(self.length)
+
     @staticmethod
     def write(buffer, pos, x):
         """Put x (B, T, ...) at positions pos (B, T) of buffer (B, S, ...) and return the buffer."""
@@ -229,9 +235,9 @@ class Attention(nn.Module):
             if self.training:
                 self.indexer.var_seen += torch.stack((selection.var.mean(), torch.ones_like(selection.var[0, 0]))).float()
             attended = kernels.Selection.everything(visible, B) if warmup else selection
-            o, lse = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
+            o, _ = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
             if want_loss:
-                index_loss = kernels.index_loss(q, k, lse, index, self.indexer.log_tau, attended, kernel)
+                index_loss = kernels.index_loss(q, k, index, self.indexer.log_tau, attended, kernel)
         else:
             mask = None if visible.plain else visible.mask()[:, None]
             S = T if visible.plain else mask.size(-1)

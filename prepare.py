@@ -119,24 +119,23 @@ def random_passkey(rng):
     return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=2)), "".join(rng.choices("0123456789", k=4))
 
 
-def passkey_document(rng, filler, length=2000, reach=400):
+def passkey_document(rng, filler, length=480):
     """
-    A synthetic document of about `length` characters: facts, questions about them and lines of `filler`, mixed anew in
-    every document. A question repeats a fact of the last `reach` characters, so that it can be answered in context.
+    A synthetic document of at most about `length` characters: 1 to 8 facts, many questions about them (a question is the
+    fact once more, predictable from its "=" on), and lines of `filler` between. Few facts and little filler make a document
+    easy; every document draws its own mixture, so that retrieval is learnt from the easy ones upwards.
     """
-    ask, fill = rng.uniform(0.4, 0.8), rng.choice((0, 0.2, 0.5, 0.8))
-    text, facts = "", {}
+    facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 1, 2, 2, 4, 8))))
+    fill, length = rng.choice((0, 0, 0.3, 0.6, 0.9)), rng.randint(length // 3, length)
+    told, text = [], ""
     while len(text) < length:
         if rng.random() < fill:
             text += rng.choice(filler)
             continue
-        recent = [(name, key) for name, (key, at) in facts.items() if len(text) - at < reach]
-        if recent and rng.random() < ask:
-            name, key = rng.choice(recent)
-        else:
-            name, key = random_passkey(rng)
-        facts[name] = key, len(text)
-        text += passkey_line(name, key)
+        new = [name for name in facts if name not in told]
+        name = rng.choice(new) if new and (not told or rng.random() < 0.4) else rng.choice(told)
+        told.append(name)
+        text += passkey_line(name, facts[name])
     return text
 
 
@@ -154,7 +153,7 @@ def demo_documents(seed):
         text = open(path, encoding="utf-8", errors="replace").read()
         filler = [line + "\n" for line in text.splitlines() if 10 < len(line) < 80] or ["pass\n"]
         yield text
-        for _ in range(len(text) // 2000 + 1):
+        for _ in range(len(text) // 320 + 1):
             yield passkey_document(rng, filler)
 
 

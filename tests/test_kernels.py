@@ -1,0 +1,188 @@
+"""The tiled path against the eager reference, and the reference against SPEC-level loops, on random shapes."""
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import Budget, Index, Selection, Visible
+
+pytestmark = pytest.mark.usefixtures("small_tiles")
+RULES = ["inverse", "eq8", "fixed"]
+
+
+def documents(rng, B, T):
+    return torch.tensor([[rng.random() < 0.05 for _ in range(T)] for _ in range(B)]).long().cumsum(1)
+
+
+def make(seed, dtype=torch.float64, T=None, ties=False, docs=False, **budget):
+    """Random inputs of one layer: q, k, v, Index, Visible, Budget; every size drawn from the seed."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    B, T = rng.randint(1, 3), T or rng.randint(1, 90)
+    G, R, d, Hi, di = rng.choice((1, 2, 3)), rng.choice((1, 2, 4)), 2 * rng.randint(1, 9), rng.randint(1, 4), 2 * rng.randint(1, 5)
+    q, k, v = torch.randn(B, T, G * R, d), torch.randn(B, T, G, d), torch.randn(B, T, G, d)
+    di = 4 if ties else di
+    index = [torch.randn(B, T, Hi, di), torch.randn(B, T, di), torch.rand(B, T, Hi), torch.randn(Hi)]
+    if ties:  # few distinct keys, and products that are exact in binary: most scores are shared by many keys
+        index[:2] = [x.round().clamp(-1, 1) for x in index[:2]]
+    activation = rng.choice(("sigmoid", "relu"))
+    k_min = rng.randint(1, 12)
+    if rng.random() < 0.5 and "k_min" not in budget:
+        budget |= dict(n_sink=rng.randint(0, 2), n_local=rng.randint(0, 3))
+        k_min += 6
+    budget = dict(rule=rng.choice(RULES), k_base=rng.randint(1, 40), k_min=k_min, k_max=k_min + rng.randint(0, 30),
+                  var_avg=torch.tensor(rng.choice((0.0, 0.02, 0.3)))) | budget
+    cast = lambda x: x.to(dtype)
+    return (*map(cast, (q, k, v)), Index(*map(cast, index), activation), Visible.causal(T, documents(rng, B, T) if docs else None), Budget(**budget))
+
+
+@pytest.mark.parametrize("docs", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_select_equals_reference(seed, ties, docs):
+    *_, index, visible, budget = make(seed, ties=ties, docs=docs)
+    tiled, eager = (kernels.select(index, visible, budget, b) for b in ("torch", "eager"))
+    assert torch.equal(tiled.mask(), eager.mask())
+    assert torch.equal(tiled.budget, eager.budget)
+    assert torch.equal(tiled.mask().sum(-1), tiled.budget)
+    if budget.rule != "fixed":
+        torch.testing.assert_close(tiled.var, eager.var, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("docs", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_reference_follows_the_definition(seed, docs):
+    """Scores, variance, budget and S_t query by query in Python, from the formulas alone."""
+    *_, index, visible, budget = make(100 + seed, T=23, ties=seed % 2 == 0, docs=docs)
+    chosen = kernels.select(index, visible, budget, "eager")
+    B, T, Hi, di = index.q.shape
+    for b in range(B):
+        for t in range(T):
+            doc = visible.doc_q[b].tolist() if docs else [0] * T
+            seen = [s for s in range(t + 1) if doc[s] == doc[t]]
+            score = {}
+            for s in seen:
+                z = [(index.q[b, t, j] @ index.k[b, s] / math.sqrt(di) + index.b[j]).item() for j in range(Hi)]
+                act = [1 / (1 + math.exp(-x)) if index.activation == "sigmoid" else max(0.0, x) for x in z]
+                score[s] = sum(index.w[b, t, j].item() * act[j] for j in range(Hi))
+            mean = sum(score.values()) / len(seen)
+            var = sum((x - mean) ** 2 for x in score.values()) / len(seen)
+            avg = budget.var_avg.item()
+            ratio = var / avg if avg > 0 else 1.0
+            k = {"fixed": budget.k_base, "eq8": math.floor(budget.k_base * ratio + 1e-9), "inverse": round(budget.k_base * (0.5 + 1 / (1 + ratio)))}[budget.rule]
+            k = min(max(budget.k_min, min(budget.k_max, k)), len(seen))
+            assert abs(k - chosen.budget[b, t].item()) <= (budget.rule != "fixed")  # one off where the formula lands on a rounding edge
+            k = chosen.budget[b, t].item()
+            forced = set(seen[:budget.n_sink]) | {s for s in seen if s > t - max(1, budget.n_local)}
+            rest = sorted((s for s in seen if s not in forced), key=lambda s: (-round(score[s], 9), s))
+            assert set(chosen.mask()[b, t].nonzero()[:, 0].tolist()) == forced | set(rest[:k - len(forced)])
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("docs", [False, True])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("seed", range(8))
+def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, everything):
+    q, k, v, index, visible, budget = make(200 + seed, dtype, docs=docs)
+    log_tau = torch.tensor(1.3, dtype=dtype)
+    selection = Selection.everything(visible, len(q)) if everything else kernels.select(index, visible, budget)
+    leaves = [x.requires_grad_() for x in (q, k, v, *index[:4], log_tau)]
+    grads = {}
+    direction = torch.randn_like(q)
+    for backend in ("torch", "eager"):
+        o, lse = kernels.sparse_attention(q, k, v, selection, backend)
+        loss = kernels.index_loss(q, k, index, log_tau, selection, backend)
+        grads[backend] = [o, lse, loss, *torch.autograd.grad((o * direction).sum() + 3 * loss, leaves, allow_unused=True)]
+    for a, b in zip(grads["torch"], grads["eager"]):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_gathered_tiles_equal_contiguous_ones():
+    """Queries that agree on few keys take the gathering route; the result is that of the reference."""
+    B, T, G, d = 2, 300, 2, 8
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(B, T, n, d, dtype=torch.float64, requires_grad=True) for n in (4, G, G))
+    index = Index(*(torch.zeros(B, T, *s, dtype=torch.float64) for s in ((1, 2), (2,), (1,))), torch.zeros(1, dtype=torch.float64))
+    index.q[..., 0], index.k[..., 0], index.w[:] = 1, torch.randn(B, T), 1  # every query ranks the keys alike
+    selection = kernels.select(index, Visible.causal(T), Budget("fixed", 6, 1, 6))
+    keys, bias = selection.tile(256, 272)
+    assert keys is not None and keys.size(1) < 50 and (keys.diff(dim=1) > 0).all()
+    outputs = []
+    for backend in ("torch", "eager"):
+        o, _ = kernels.sparse_attention(q, k, v, selection, backend)
+        outputs.append([o, *torch.autograd.grad(o.square().sum(), (q, k, v))])
+    for a, b in zip(*outputs):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_are_derivatives():
+    q, k, v, index, visible, budget = make(7, T=9, docs=True)
+    selection = kernels.select(index, visible, budget)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: kernels.sparse_attention(*x, selection)[0], leaves)
+    index = index._replace(activation="sigmoid")
+    student = [x.requires_grad_() for x in (*index[:4], torch.tensor(1.0, dtype=torch.float64))]
+    loss = lambda iq, ik, iw, ib, tau: kernels.index_loss(q, k, Index(iq, ik, iw, ib), tau, selection)
+    assert torch.autograd.gradcheck(loss, student)
+
+
+@pytest.mark.parametrize("docs", [False, True])
+def test_enough_keys_is_dense_attention(docs):
+    q, k, v, index, visible, _ = make(11, torch.float32, docs=docs)
+    T = q.size(1)
+    selection = kernels.select(index, visible, Budget("inverse", 2 * T, T, 2 * T, var_avg=torch.tensor(0.1)))
+    o, _ = kernels.sparse_attention(q, k, v, selection)
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible.mask()[:, None], enable_gqa=True)
+    torch.testing.assert_close(o, dense.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_one_key_is_the_query_itself():
+    q, k, v, index, visible, _ = make(12)
+    o, _ = kernels.sparse_attention(q, k, v, kernels.select(index, visible, Budget("fixed", 1, 1, 1)))
+    torch.testing.assert_close(o, v.repeat_interleave(q.size(2) // k.size(2), 2))
+
+
+def test_selection_is_deterministic():
+    *_, index, visible, budget = make(13, T=80, ties=True)
+    assert torch.equal(kernels.select(index, visible, budget).indices, kernels.select(index, visible, budget).indices)
+
+
+def test_attention_report():
+    """Recall and first-token share of a selection, against the definition on full matrices."""
+    q, k, v, index, visible, _ = make(14, T=70, docs=True)
+    selection = kernels.select(index, visible, Budget("fixed", 7, 1, 7))
+    report = kernels.attention_report(q, k, selection)
+    see, inside = visible.mask(), selection.mask()
+    s = torch.einsum("bthd,bshd->btsh", q, k.repeat_interleave(q.size(2) // k.size(2), 2)) / math.sqrt(q.size(-1))
+    p = s.masked_fill(~see[..., None], -math.inf).softmax(2).mean(-1)
+    choosing = see.sum(-1) > 7
+    torch.testing.assert_close(report["recall"], (p * inside).sum(-1)[choosing].mean())
+    torch.testing.assert_close(report["recall_best"], p.topk(7).values.sum(-1)[choosing].mean())
+    kept = s.masked_fill(~inside[..., None], -math.inf).softmax(2).mean(-1)
+    first = see.long().argmax(-1)
+    later = first < torch.arange(70)
+    torch.testing.assert_close(report["first_token"], kept.gather(2, first[..., None])[..., 0][later].mean())
+
+
+def test_bfloat16_error_is_that_of_the_dtype():
+    """bf16 inputs: the tiled path is at most twice as far from fp32 as eager bf16 attention is."""
+    q, k, v, index, visible, budget = make(15, torch.float32, T=80)
+    selection = kernels.select(index, visible, budget)
+    exact = kernels.sparse_attention_eager(q, k, v, selection.mask())[0]
+    low = [x.bfloat16() for x in (q, k, v)]
+    plain = (kernels.sparse_attention_eager(*low, selection.mask())[0].float() - exact).abs().max()
+    tiled = (kernels.sparse_attention(*low, selection)[0].float() - exact).abs().max()
+    assert tiled <= 2 * plain
+
+
+@pytest.mark.parametrize("call", [
+    lambda q, k, v, i, vis, b: kernels.select(i, vis, b, backend="triton"),
+    lambda q, k, v, i, vis, b: kernels.select(i, vis, b._replace(rule="none")),
+    lambda q, k, v, i, vis, b: kernels.sparse_attention(q, k[:, :, :1].expand(-1, -1, q.size(2) + 1, -1), v, None),
+])
+def test_bad_input_raises(call):
+    with pytest.raises(ValueError):
+        call(*make(16))

@@ -315,15 +315,15 @@ class GSA(nn.Module):
     def init_weights(self):
         """
         parameter                        initial value
-        embed, every projection          N(0, 0.02), as GPT-2
-        wo, mlp.down                     N(0, 0.02/√(2 n_layer)): the residual stream grows with neither depth
-        gate weights                     N(0, 0.002); gate biases gate_bias_init, so gates start equal and half open
-        indexer.wq, .wk, .ww             N(0, 1/√C): scores spread enough from the start to rank keys
+        embed, every projection          N(0, 1/√C): outputs of size 1 at any width. GPT-2's 0.02 is the same at C = 2500,
+                                         but at C = 128 it delays retrieval beyond a million tokens (LOG.md)
+        wo, mlp.down                     N(0, 1/√(2·C·n_layer)): the residual stream does not grow with depth
+        gate weights                     a tenth of that; gate biases gate_bias_init, so gates start equal and half open
         indexer.ww bias, .b              0; the ReLU indexer's ww bias 1/Hi, since w = 0 would stop every gradient
         indexer.log_tau                  log 4
         norms                            1
         """
-        c, small = self.config, 0.02 / math.sqrt(2 * self.config.n_layer)
+        c, std = self.config, self.config.n_embd ** -0.5
         done = set()
 
         def put(module, prefix, suffixes, fill):
@@ -336,12 +336,11 @@ class GSA(nn.Module):
         put(self, "indexer", ("log_tau",), constant(math.log(4)))
         put(self, "indexer", ("ww.bias",), constant(0.0 if c.index_activation == "sigmoid" else 1 / c.n_index_head))
         put(self, "indexer", (".b",), constant(0.0))
-        put(self, "indexer", (".weight",), normal(c.n_embd ** -0.5))
-        put(self, "_gate", (".weight",), normal(0.002))
+        put(self, "_gate", (".weight",), normal(0.1 * std))
         put(self, "_gate", (".bias",), constant(c.gate_bias_init))
         put(self, "norm", (".weight",), constant(1.0))
-        put(self, "", ("wo.weight", "down.weight"), normal(small))
-        put(self, "", (".weight",), normal(0.02))
+        put(self, "", ("wo.weight", "down.weight"), normal(std / math.sqrt(2 * c.n_layer)))
+        put(self, "", (".weight",), normal(std))
         missed = {name for name, _ in self.named_parameters()} - done
         assert not missed, f"not initialised: {missed}"
 

@@ -121,21 +121,23 @@ def random_passkey(rng):
 
 def passkey_document(rng, filler, length=480):
     """
-    A synthetic document of at most about `length` characters: 1 to 8 facts, many questions about them (a question is the
-    fact once more, predictable from its "=" on), and lines of `filler` between. Few facts and little filler make a document
-    easy; every document draws its own mixture, so that retrieval is learnt from the easy ones upwards.
+    A synthetic document of about `length` characters (random from a third of it): 1 to 8 facts, told one after the other
+    between many questions. A question is the fact once more, predictable from its "=" on. In half of the documents
+    stretches of `filler` text separate the lines. Retrieval is learnt from the easy documents upwards.
     """
+    length, gap = rng.randint(length // 3, length), rng.choice((0, 0, 0, 20, 100, 300))
     facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 1, 2, 2, 4, 8))))
-    fill, length = rng.choice((0, 0, 0.3, 0.6, 0.9)), rng.randint(length // 3, length)
-    told, text = [], ""
+    untold, told, text = list(facts), [], ""
     while len(text) < length:
-        if rng.random() < fill:
-            text += rng.choice(filler)
-            continue
-        new = [name for name in facts if name not in told]
-        name = rng.choice(new) if new and (not told or rng.random() < 0.4) else rng.choice(told)
-        told.append(name)
+        if untold and (not told or rng.random() < 0.4):
+            told.append(untold.pop())
+            name = told[-1]
+        else:
+            name = rng.choice(told)
         text += passkey_line(name, facts[name])
+        if gap and rng.random() < 0.3:
+            at = rng.randrange(len(filler) - gap)
+            text += filler[at:at + gap] + "\n"
     return text
 
 
@@ -151,10 +153,9 @@ def demo_documents(seed):
     rng.shuffle(paths)
     for path in paths:
         text = open(path, encoding="utf-8", errors="replace").read()
-        filler = [line + "\n" for line in text.splitlines() if 10 < len(line) < 80] or ["pass\n"]
         yield text
-        for _ in range(len(text) // 320 + 1):
-            yield passkey_document(rng, filler)
+        for _ in range(len(text) // 240 + 1):
+            yield passkey_document(rng, text.ljust(400))
 
 
 def text_documents(paths, longest=1 << 16):
@@ -171,16 +172,28 @@ def text_documents(paths, longest=1 << 16):
             yield "".join(lines)
 
 
-def table_documents(dataset, column):
-    """The text column of a streaming datasets.IterableDataset; rows whose text is missing count as empty."""
-    for row in dataset:
-        if column not in row:
+def json_rows(paths):
+    """One row per line; None for a line that is not a JSON object. (datasets gives up a whole file for one such line.)"""
+    for path in paths:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in filter(str.strip, f):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                yield row if isinstance(row, dict) else None
+
+
+def table_documents(rows, column):
+    """The text column of rows (dicts, or None for a broken one): a document each, None where there is no text."""
+    for row in rows:
+        if row is not None and column not in row:
             raise UserError(f"no column {column!r} in the data, only {', '.join(row)}: set --text_column")
-        yield row[column] or ""
+        yield row[column] if row and isinstance(row[column], str) else None
 
 
 def documents(cfg):
-    """The configured dataset as an iterator of str."""
+    """The configured dataset as an iterator of str, None where a row is broken."""
     if cfg.dataset == "demo":
         return demo_documents(cfg.seed)
     paths = sorted(glob.glob(cfg.dataset, recursive=True))
@@ -190,13 +203,13 @@ def documents(cfg):
             raise UserError(f"no file matches {cfg.dataset}")
         if kind == "txt":
             return text_documents(paths)
+        if kind == "jsonl":
+            return table_documents(json_rows(paths), cfg.text_column)
     elif paths:
         raise UserError(f"{cfg.dataset}: local data must be .txt, .jsonl or .parquet")
     from datasets import load_dataset  # slow to import, and not needed above
     if paths:
-        options = {"encoding_errors": "replace"} if kind == "jsonl" else {}
-        data = load_dataset({"jsonl": "json"}.get(kind, kind), data_files=paths, split="train", streaming=True, **options)
-        return table_documents(data, cfg.text_column)
+        return table_documents(load_dataset("parquet", data_files=paths, split="train", streaming=True), cfg.text_column)
     errors = []
     for hub_id in HUB.get(cfg.dataset, (cfg.dataset,)):
         try:
@@ -213,7 +226,7 @@ def _blocks(docs):
     block, size = [], 0
     for text in docs:
         block.append(text)
-        size += len(text)
+        size += len(text or "")
         if size >= BLOCK:
             yield block
             block, size = [], 0
@@ -231,6 +244,9 @@ def encode_block(job):
     texts, name, val_fraction = job
     tokenizer, out, counts = _tokenizer(name), [], Counter()
     for text in texts:
+        if not text or text.isspace():
+            counts["broken" if text is None else "empty"] += 1
+            continue
         raw = text.encode("utf-8", "surrogatepass")
         if b"\xed" in raw:  # perhaps a lone surrogate, which UTF-8 forbids
             fixed = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -238,9 +254,6 @@ def encode_block(job):
             text, raw = fixed, fixed.encode()
         elif "\ufffd" in text:  # invalid UTF-8 that the reader replaced
             counts["repaired"] += 1
-        if not text.strip():
-            counts["empty"] += 1
-            continue
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
         ids = np.append(tokenizer.encode(text), tokenizer.separator).astype(tokenizer.dtype)
         out.append((digest < val_fraction * 2**64, ids, len(raw)))
@@ -302,7 +315,7 @@ def prepare(cfg):
             if not n["documents"]:
                 raise UserError(f"no document fell into the {split} split: more documents or another --val_fraction are needed")
         meta = dict(dataset=cfg.dataset, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,
-                    dtype=tokenizer.dtype.name, **splits, empty_skipped=counts["empty"], repaired=counts["repaired"])
+                    dtype=tokenizer.dtype.name, **splits, broken_skipped=counts["broken"], empty_skipped=counts["empty"], repaired=counts["repaired"])
         with open(os.path.join(partial, "meta.json"), "w") as f:
             json.dump(meta, f, indent=1)
         shutil.rmtree(final, ignore_errors=True)
@@ -312,7 +325,7 @@ def prepare(cfg):
         raise
     print(f"{final}: {total:,} tokens at {total / (time.time() - start):,.0f} tokens/s; "
           + ", ".join(f"{s} {n['documents']:,} documents {n['tokens']:,} tokens" for s, n in splits.items())
-          + f"; {counts['empty']} empty documents skipped, {counts['repaired']} repaired")
+          + f"; skipped {counts['broken']} broken rows, {counts['empty']} empty documents; repaired {counts['repaired']} texts")
     return meta
 
 

@@ -201,6 +201,16 @@ def evaluate(model, batches, cfg, device, warmup, rank, world):
     return dict(zip(rows[0], (total[:-1] / total[-1]).tolist()))
 
 
+def open_log(path, step):
+    """The JSONL log, opened for appending behind its records up to `step`: what came after the checkpoint is done again."""
+    kept = []
+    if step and os.path.exists(path):
+        kept = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] <= step]
+    log = open(path, "w")
+    log.writelines(kept)
+    return log
+
+
 def git_commit():
     try:
         return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -269,7 +279,7 @@ def _train(cfg, device, rank, world):
         os.makedirs(cfg.out_dir, exist_ok=True)
         with open(os.path.join(cfg.out_dir, "config.json"), "w") as f:
             json.dump({**asdict(cfg), "git_commit": git_commit()}, f, indent=1)
-        log = open(os.path.join(cfg.out_dir, "log.jsonl"), "a" if step else "w")
+        log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step)
 
     def record(kind, **values):
         if log:
@@ -277,12 +287,12 @@ def _train(cfg, device, rank, world):
             log.flush()
 
     model.train()
-    metrics, tokens, seconds, began = {}, 0, 0.0, time.time()
+    metrics, tokens, seconds, began, first = {}, 0, 0.0, time.time(), step
     interval = [0, 0.0]  # tokens and seconds since the last print
     while True:
         warmup = cfg.sparse and step < cfg.index_warmup_iters
         done = step >= cfg.max_iters
-        if done or (step and step % cfg.eval_interval == 0):
+        if done or (step > first and step % cfg.eval_interval == 0):
             with autocast:
                 metrics = evaluate(model, splits["val"], cfg, device, warmup, rank, world)
             metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / bytes_per_token

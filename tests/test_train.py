@@ -1,0 +1,254 @@
+"""train.py and eval.py: batches, resume, ranks, retrofit, perplexity and needles."""
+import io
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import prepare
+import sample as sampling
+import train
+from configurator import UserError
+from conftest import ROOT
+from model import ARMS, GSA, GSAConfig
+from prepare import Data, Tokenizer
+
+TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64, n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16, batch_size=2,
+            index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3, eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=120_000, num_proc=1, val_fraction=0.15, data_dir=str(folder)))
+    return str(folder / "demo")
+
+
+def config(data, out_dir, arm="gsa", **settings):
+    return train.TrainConfig.arm(arm, **TINY | dict(data=data, out_dir=str(out_dir), attention=arm) | settings)
+
+
+def log(out_dir, kind="train"):
+    return [r for r in map(json.loads, open(os.path.join(out_dir, "log.jsonl"))) if r["kind"] == kind]
+
+
+# ---- batches
+
+def test_permute_is_a_permutation():
+    rng = random.Random(0)
+    for _ in range(60):
+        n, key = rng.randint(1, 700), rng.getrandbits(40)
+        assert sorted(train.permute(i, n, key) for i in range(n)) == list(range(n))
+    assert [train.permute(i, 500, 1) for i in range(500)] != [train.permute(i, 500, 2) for i in range(500)]
+
+
+def test_every_window_once_per_epoch_and_nothing_else():
+    T, B = 7, 3
+    batches = train.Batches(np.arange(7 * 31 + 4, dtype=np.uint16), T, B, separator=14, seed=5, doc_mask=True)
+    assert batches.n == 31
+    starts = []
+    for m in range(31):  # 31 micro-batches of 3: three epochs
+        idx, targets, doc = batches.train(m, "cpu")
+        assert torch.equal(idx[:, 1:], targets[:, :-1]) and torch.equal(targets[:, -1], idx[:, 0] + T)
+        assert torch.equal(doc, (idx == 14).cumsum(1))
+        starts += (idx[:, 0] // T).tolist()
+    epochs = [starts[i:i + 31] for i in (0, 31, 62)]
+    assert all(sorted(e) == list(range(31)) for e in epochs) and epochs[0] != epochs[1]
+    again = train.Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
+    assert torch.equal(again[0], batches.train(17, "cpu")[0]) and again[2] is None
+
+
+# ---- runs
+
+def interrupt_at_checkpoint(monkeypatch, cfg):
+    """Train until the first checkpoint is written, then die."""
+    save = train.save_checkpoint
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(train, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cfg)
+
+
+@pytest.mark.parametrize("arm", ["dense", "gsa"])
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, arm):
+    settings = dict(max_iters=8, eval_interval=3, grad_accum=2)
+    train.train(config(data, tmp_path / "whole", arm, **settings))
+    interrupt_at_checkpoint(monkeypatch, config(data, tmp_path / "cut", arm, **settings))
+    with open(tmp_path / "cut/log.jsonl", "a") as f:
+        f.write('{"kind": "train", "step": 4, "loss": 0}\n{"half a line')  # logged after the checkpoint, then the power went
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"])
+    keys = ("step", "loss", "index_loss", "recall", "k_t", "lr")
+    for kind in ("train", "eval"):
+        a, b = ([{k: r[k] for k in keys if k in r} for r in log(tmp_path / d, kind)] for d in ("whole", "cut"))
+        assert a == b and len(a) == {"train": 8, "eval": 3}[kind]
+    a, b = (train.load_checkpoint(str(tmp_path / d)) for d in ("whole", "cut"))
+    assert a["step"] == b["step"] == 8
+    assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
+
+
+def test_phases_and_checkpoint(data, tmp_path):
+    """Warm-up then sparse; the checkpoint alone is enough to load the model, sample from it and evaluate it."""
+    metrics = train.train(config(data, tmp_path, max_iters=5))
+    assert [r["phase"] for r in log(tmp_path)] == ["warm-up"] * 3 + ["sparse"] * 2
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / Data(data).meta["val"]["bytes"] * Data(data).meta["val"]["tokens"])
+    assert json.load(open(tmp_path / "config.json"))["n_embd"] == 32
+    model, checkpoint = train.load_model(str(tmp_path))
+    assert checkpoint["step"] == 5 and all(b.attn.indexer.var_avg > 0 for b in model.blocks)
+    out = io.StringIO()
+    sampling.sample(sampling.SampleConfig(out_dir=str(tmp_path), start="import ", num_samples=2, max_new_tokens=12), out)
+    assert out.getvalue().count("import ") == 2
+
+
+def worker(rank, world, port, data, out):
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    model, batches = ready(data)
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    for micro in range(4 // world):
+        wrapped.require_backward_grad_sync = micro == 4 // world - 1
+        idx, targets, doc = batches.train(micro * world + rank, "cpu")
+        result = wrapped(idx, targets, doc, stats=False)
+        ((result.loss + result.index_loss) / (4 // world)).backward()
+    model.update_var_avg()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()] + [b.attn.indexer.var_avg for b in model.blocks], out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def ready(data):
+    torch.manual_seed(1)
+    dims = {k: v for k, v in TINY.items() if k in GSAConfig.__dataclass_fields__}
+    ids = Data(data)
+    return GSA(GSAConfig.arm("gsa", vocab_size=257, **dims)).double().train(), train.Batches(ids.train, 64, 2, 256, 0, True)
+
+
+def test_two_ranks_give_the_gradients_of_one(data, tmp_path):
+    worker(0, 1, 0, data, tmp_path / "one.pt")
+    port = random.randint(20000, 60000)
+    torch.multiprocessing.spawn(worker, (2, port, data, tmp_path / "two.pt"), 2)
+    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_torchrun(data, tmp_path):
+    """The command line, with two gloo ranks: the losses of one process with the same total batch."""
+    cfg = config(data, tmp_path / "one", grad_accum=2, max_iters=4)
+    train.train(cfg)
+    args = [f"--{k}={v}" for k, v in TINY.items()] + [f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--grad_accum=2", "--max_iters=4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={random.randint(20000, 60000)}", str(ROOT / "train.py")]
+    done = subprocess.run(command + args, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3) and a["index_loss"] == pytest.approx(b["index_loss"], abs=2e-2)
+
+
+def test_compile_trains_the_same(data, tmp_path):
+    losses = []
+    for name, on in (("plain", False), ("compiled", True)):
+        train.train(config(data, tmp_path / name, max_iters=3, compile=on))
+        losses.append([r["loss"] for r in log(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
+    """It starts as the dense model was, trains the indexer alone in warm-up, and everything after."""
+    train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
+    settings = dict(init_from="retrofit", retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3, learning_rate=3e-3)
+    dense, _ = train.load_model(str(tmp_path / "dense"))
+    model = GSA(config(data, "", **settings).model_config(257)).eval()
+    train.load_retrofit(model, str(tmp_path / "dense"))
+    idx = torch.randint(0, 257, (2, 64))
+    torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits, atol=0.02, rtol=0.02)
+    states = []
+    for steps in (3, 5):
+        train.train(config(data, tmp_path / str(steps), max_iters=steps, **settings))
+        states.append(train.load_checkpoint(str(tmp_path / str(steps)))["model"])
+    changed = lambda s: {n for n, p in s.items() if ".indexer." not in n and not torch.equal(p, model.state_dict()[n])}
+    assert not changed(states[0]) and changed(states[1]) == {n for n in states[1] if ".indexer." not in n}
+    assert any(not torch.equal(states[0][n], model.state_dict()[n]) for n in states[0] if "indexer.wq" in n)
+    with pytest.raises(UserError, match="does not fit"):
+        train.train(config(data, tmp_path / "x", n_layer=3, max_iters=1, **settings))
+
+
+# ---- evaluation
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
+    torch.manual_seed(0)
+    model = GSA(config(data, "", arm).model_config(257)).double().eval()
+    val, stride, T = Data(data).val[:331], 20, 64
+    got = evaluation.perplexity(model, val, 256, Tokenizer("bytes").token_lengths, stride, batch_size=3)
+    total, ids = 0.0, torch.from_numpy(val.astype(np.int64))
+    for target in range(1, len(ids)):  # one at a time: the first window that reaches the target
+        start = 0 if target <= T else min(-(-(target - T) // stride) * stride, len(ids) - 1 - T)
+        window = ids[start:target][None]
+        total -= model(window, doc=(window == 256).cumsum(1), stats=False).logits[0, -1].log_softmax(-1)[ids[target]].item()
+    assert got["tokens"] == 330 and got["loss"] == pytest.approx(total / 330, rel=1e-6)
+    n_bytes = int((val[1:] < 256).sum())
+    assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
+    assert got["perplexity"] == pytest.approx(math.exp(total / 330), rel=1e-6)
+
+
+def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
+    tokenizer, ids = Tokenizer("bytes"), np.asarray(Data(data).val)
+    hay = evaluation.haystack(ids, tokenizer)
+    assert 0 < len(hay) < len(ids) and b"\nkey A" not in bytes(hay.astype(np.uint8).tolist())
+    for depth in (0, 0.25, 1):
+        prompt, key = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4, random.Random(1))
+        text = tokenizer.decode(prompt)
+        assert len(prompt) == 296 and text.count(f"={key}\n") == 1
+        name = text.rsplit("key ", 1)[1]
+        assert text.index(f"key {name}{key}\n") == pytest.approx(depth * (296 - 13 - 8), abs=2)
+
+
+@pytest.mark.parametrize("arm", ["dense", "gsa"])
+def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
+    torch.manual_seed(0)
+    model = GSA(config(data, "", arm).model_config(257)).double().eval()
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, 50) for _ in range(3)]
+    greedy = model.generate([torch.tensor(p) for p in prompts], 4, temperature=0)
+    right = [g[50:].numpy() for g in greedy]
+    right[1] = (right[1] + [0, 0, 1, 0]) % 256
+    keys = [[r, rng.integers(0, 256, 3), rng.integers(0, 256, 4)] for r in right]
+    likelihood, exact = evaluation.score_keys(model, prompts, keys, "cpu")
+    assert exact.tolist() == [True, False, True]
+    for i, row in enumerate(keys):
+        for j, key in enumerate(row):
+            ids = torch.tensor(np.concatenate((prompts[i], key)))[None]
+            log_p = model(ids, stats=False).logits[0, 49:-1].log_softmax(-1)
+            assert likelihood[i, j].item() == pytest.approx(log_p[range(len(key)), key].sum().item(), rel=1e-6)
+
+
+def test_evaluate_end_to_end(data, tmp_path, capsys):
+    train.train(config(data, tmp_path, max_iters=2))
+    result = evaluation.evaluate(evaluation.EvalConfig(out_dir=str(tmp_path), max_tokens=500, samples=2, seeds=2, depths=2, lengths="48,64"))
+    assert {(c["length"], c["depth"]) for c in result["needle"]} == {(48, 0.0), (48, 1.0), (64, 0.0), (64, 1.0)}
+    assert set(result["attention"]) >= {"first_token", "value_gate", "output_gate", "max_activation", "k_t", "recall", "var_ratio"}
+    assert json.load(open(tmp_path / "eval.json"))["summary"] == result["summary"]
+    printed = capsys.readouterr().out
+    assert "bits/byte" in printed and "summary" in printed
+    assert (tmp_path / "eval.png").exists() or "matplotlib is not installed" in printed
+
+
+def test_without_matplotlib_the_rest_runs(data, tmp_path, capsys, monkeypatch):
+    train.train(config(data, tmp_path, "dense", max_iters=1))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluation.evaluate(evaluation.EvalConfig(out_dir=str(tmp_path), max_tokens=200, samples=1, seeds=1, depths=1, lengths="64"))
+    assert "no eval.png: matplotlib is not installed" in capsys.readouterr().out
+    assert (tmp_path / "eval.json").exists() and not (tmp_path / "eval.png").exists()

@@ -125,7 +125,7 @@ def needle(model, hay, tokenizer, lengths, depths, seeds, samples, distractors, 
     Retrieval over a grid. Returns a list of cells: length, depth, accuracy and accuracy_std (exact match of the generated key,
     mean and standard deviation over seeds), rank and rank_std (of the right key among 1 + distractors, 1 is best).
     """
-    n_answer = max(len(tokenizer.encode(str(k))) for k in range(1000, 10000, 7))  # tokens that a key may take
+    n_answer = len(random_passkey(random.Random())[1])  # tokens that a key may take: at most one per character
     cells = []
     for length in lengths:
         for depth in depths:

@@ -11,6 +11,7 @@ PyTorch path (query tiles over the union of their keys, O(tile·S) memory) that 
 `backend` names the path: "eager" or "torch". There is no silent fallback: an unknown backend raises.
 The symbols and the layout (B, T, H, d) are those at the top of model.py.
 """
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,41 +48,76 @@ class Budget(NamedTuple):
     var_avg: Tensor | None = None  # (), 0 while nothing has been averaged yet
 
 
+class Tile(NamedTuple):
+    """Queries t0…t1-1, none of which may attend to a key outside begin…end-1."""
+    t0: int
+    t1: int
+    begin: int
+    end: int
+
+    @property
+    def queries(self):
+        return slice(self.t0, self.t1)
+
+    @property
+    def keys(self):
+        return slice(self.begin, self.end)
+
+
+def document_starts(doc, pos, last_doc=None, last_start=None):
+    """
+    Where the document of each position starts: doc, pos (B or 1, T) -> (B, T). A document is a run of equal ids.
+    last_doc, last_start (B,): those of the position before the first, which may be in the same document.
+    """
+    start = torch.where(torch.cat((torch.ones_like(doc[:, :1]), doc.diff(dim=1)), 1) != 0, pos, 0)
+    if last_doc is not None:
+        start[:, 0] = torch.where(doc[:, 0] == last_doc, last_start, start[:, 0])
+    return start.cummax(1).values
+
+
 @dataclass
 class Visible:
-    """Which keys a query may attend to: those at its own position or before, in its own document."""
-    pos: Tensor                 # (B or 1, T) position of each query among the keys, increasing along T
-    n_keys: int                 # S
-    doc_q: Tensor | None = None  # (B, T) document of each query; None = one document
-    doc_k: Tensor | None = None  # (B, S) document of each key
+    """Which keys a query may attend to: those at its own position or before, down to the start of its document."""
+    pos: Tensor                  # (B or 1, T) position of each query among the keys, increasing along T
+    n_keys: int                  # S
+    start: Tensor | None = None  # (B, T) first position of the query's document; None = 0
 
     @classmethod
     def causal(cls, T, doc=None, device=None):
-        """The usual case: T queries at positions 0…T-1 over T keys; doc (B, T) or None."""
-        return cls(torch.arange(T, device=device)[None], T, doc, doc)
-
-    def mask(self, t0=0, t1=None):
-        """True = visible, for queries t0…t1-1 over the keys up to the last of their positions: (B or 1, t1-t0, end)."""
-        t1 = self.pos.size(1) if t1 is None else t1
-        end = int(self.pos[:, t1 - 1].max()) + 1
-        mask = torch.arange(end, device=self.pos.device) <= self.pos[:, t0:t1, None]
-        if self.doc_q is not None:
-            mask = mask & (self.doc_q[:, t0:t1, None] == self.doc_k[:, None, :end])
-        return mask
-
-    def bias(self, t0, t1, dtype):
-        """The same as an addend, 0 or HIDDEN. On a CPU adding it is 20 times faster than masked_fill."""
-        return self.mask(t0, t1).to(dtype).sub_(1).mul_(-HIDDEN)
+        """The usual case: T queries at positions 0…T-1 over T keys; doc (B, T), a document id per position, or None."""
+        pos = torch.arange(T, device=device)[None]
+        return cls(pos, T, None if doc is None else document_starts(doc, pos))
 
     @property
     def plain(self):
         """One document, as many keys as queries: what is_causal of torch's attention means."""
-        return self.doc_q is None and self.pos.size(0) == 1 and self.pos.size(1) == self.n_keys
+        return self.start is None and self.pos.size(0) == 1 and self.pos.size(1) == self.n_keys
 
+    @functools.cached_property
     def tiles(self):
-        """[(t0, t1)]: the queries in tiles of TILE."""
+        """The queries in tiles of TILE (one copy from the device for all of them)."""
         T = self.pos.size(1)
-        return [(t0, min(t0 + TILE, T)) for t0 in range(0, T, TILE)]
+        t0 = list(range(0, T, TILE))
+        t1 = t0[1:] + [T]
+        ends = (self.pos.amax(0)[[t - 1 for t in t1]] + 1).tolist()
+        begins = [0] * len(t0) if self.start is None else self.start.amin(0)[t0].tolist()
+        return [Tile(*x) for x in zip(t0, t1, begins, ends)]
+
+    @property
+    def whole(self):
+        """All queries as one tile."""
+        return Tile(0, self.pos.size(1), self.tiles[0].begin, self.tiles[-1].end)
+
+    def mask(self, tile=None):
+        """True = visible: (B or 1, tq, end-begin) for a tile, (B or 1, T, S) without."""
+        t0, t1, begin, end = tile or (0, self.pos.size(1), 0, self.n_keys)
+        key = torch.arange(begin, end, device=self.pos.device)
+        mask = key <= self.pos[:, t0:t1, None]
+        return mask if self.start is None else mask & (key >= self.start[:, t0:t1, None])
+
+    def bias(self, tile, dtype):
+        """The mask as an addend, 0 or HIDDEN. On a CPU adding it is 20 times faster than masked_fill."""
+        return self.mask(tile).to(dtype).sub_(1).mul_(-HIDDEN)
 
 
 @dataclass
@@ -95,50 +131,44 @@ class Selection:
     @classmethod
     def everything(cls, visible, B):
         """S_t = all visible keys: dense attention (the warm-up phase)."""
-        T = visible.pos.size(1)
-        if visible.doc_q is None:
-            budget = (visible.pos + 1).expand(B, T)
-        else:
-            budget = torch.cat([visible.mask(*t).sum(-1) for t in visible.tiles()], 1)
-        return cls(visible, budget, None)
+        first = 0 if visible.start is None else visible.start
+        return cls(visible, (visible.pos - first + 1).expand(B, -1), None)
 
     def mask(self):
         """True = selected: (B, T, S) bool. O(T·S) memory, for tests and analysis."""
         B, T = self.budget.shape
         full = torch.zeros(B, T, self.visible.n_keys, dtype=torch.bool, device=self.budget.device)
-        for t0, t1 in self.visible.tiles():
-            bias = self.tile_bias(t0, t1)
-            full[:, t0:t1, :bias.size(-1)] = bias == 0
+        for tile in self.visible.tiles:
+            full[:, tile.queries, tile.keys] = self.bias(tile) == 0
         return full
 
-    def tile_bias(self, t0, t1, dtype=torch.float32):
-        """What to add to a score so that only selected keys remain: 0 or HIDDEN, (B or 1, t1-t0, keys up to the last visible)."""
+    def bias(self, tile, dtype=torch.float32):
+        """What to add to a tile's scores so that only selected keys remain: 0 or HIDDEN, (B or 1, tq, end-begin)."""
         if self.indices is None:
-            return self.visible.bias(t0, t1, dtype)
-        end = int(self.visible.pos[:, t1 - 1].max()) + 1
-        idx = self.indices[:, t0:t1].long()
-        bias = torch.full((*idx.shape[:2], end + 1), HIDDEN, dtype=dtype, device=idx.device)
-        bias.scatter_(2, torch.where(idx < 0, end, idx), 0.0)  # the -1s land in a column that is dropped
-        return bias[..., :end]
+            return self.visible.bias(tile, dtype)
+        idx, width = self.indices[:, tile.queries].long(), tile.end - tile.begin
+        bias = torch.full((*idx.shape[:2], width + 1), HIDDEN, dtype=dtype, device=idx.device)
+        bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
+        return bias[..., :width]
 
-    def tile(self, t0, t1, dtype=torch.float32):
+    def union(self, tile, dtype=torch.float32):
         """
-        Queries t0…t1-1 over the union of their keys.
-        Returns keys (B, U) int64, ascending (None: the U first keys, no gather needed), and bias (B or 1, t1-t0, U), 0 or HIDDEN.
+        A tile's queries over the union of their keys: keys, what to index the key dimension with, a slice or (B, U) int64,
+        ascending; bias (B or 1, tq, U), 0 or HIDDEN.
         Rows whose union is smaller than the largest are padded with keys that no query of theirs selects.
         """
-        if self.indices is not None and t1 - t0 == 1:  # one query: the union is its own list
-            idx = self.indices[:, t0].long()
+        if self.indices is not None and tile.t1 - tile.t0 == 1:  # one query: the union is its own list
+            idx = self.indices[:, tile.t0].long()
             return idx.clamp(min=0), (idx[:, None] >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
-        bias = self.tile_bias(t0, t1, dtype)
+        bias = self.bias(tile, dtype)
         if self.indices is None or bias.size(-1) < 4 * self.indices.size(-1):  # a union is rarely below 2k: do not look
-            return None, bias
-        union = bias.amax(1) == 0  # (B, end)
+            return tile.keys, bias
+        union = bias.amax(1) == 0  # (B, end-begin)
         U = int(union.sum(1).max())
-        if 2 * U > union.size(1):  # most of the prefix: cheaper whole than gathered
-            return None, bias
+        if 2 * U > union.size(1):  # most of what is visible: cheaper whole than gathered
+            return tile.keys, bias
         keys = torch.argsort(union.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
-        return keys, bias.gather(2, keys[:, None].expand(-1, t1 - t0, -1))
+        return keys + tile.begin, bias.gather(2, keys[:, None].expand(-1, bias.size(1), -1))
 
 
 def check_backend(backend):
@@ -184,15 +214,16 @@ def _variance(scores, visible, n):
     return ((scores - mean[..., None]) * visible).square_().sum(-1) / n
 
 
-def _force(scores, visible, pos, budget):
+def _force(scores, visible, tile, budget):
     """Raise the forced keys above every score, in place: the query itself, its local window, its document's sinks."""
-    B, T, S = scores.shape
-    local = (pos[..., None] - torch.arange(max(1, budget.n_local), device=pos.device)).clamp(min=0).expand(B, T, -1)
-    scores.scatter_(2, local, FORCED)
+    B, tq, _ = scores.shape
+    pos = visible.pos[:, tile.queries, None] - tile.begin  # (B or 1, tq, 1)
+    local = (pos - torch.arange(max(1, budget.n_local), device=pos.device)).clamp(min=0)
+    scores.scatter_(2, local.expand(B, tq, -1), FORCED)
     if budget.n_sink:
-        first = visible.to(torch.uint8).argmax(-1, keepdim=True)  # the document's first key
-        sinks = torch.minimum(first + torch.arange(budget.n_sink, device=pos.device), pos[..., None]).expand(B, T, -1)
-        scores.scatter_(2, sinks, FORCED)
+        first = 0 if visible.start is None else visible.start[:, tile.queries, None] - tile.begin
+        sinks = torch.minimum(first + torch.arange(budget.n_sink, device=pos.device), pos)
+        scores.scatter_(2, sinks.expand(B, tq, -1), FORCED)
     return scores
 
 
@@ -211,15 +242,15 @@ def select_eager(index, visible, budget):
     return torch.zeros_like(mask).scatter_(2, order, chosen), k, var
 
 
-def _tile_scores(index, t0, t1, end):
-    """Scores of queries t0…t1-1 over keys 0…end-1, one indexer head at a time so that the buffers stay small."""
-    keys = index.k[:, :end].transpose(1, 2)  # (B, di, end)
-    scale = 1 / math.sqrt(index.q.size(-1))
+def _tile_scores(index, tile):
+    """Scores of a tile, (B, tq, end-begin), one indexer head at a time so that the buffers stay small."""
+    keys, q, w = index.k[:, tile.keys].transpose(1, 2), index.q[:, tile.queries], index.w[:, tile.queries, :, None]
+    scale = 1 / math.sqrt(q.size(-1))
     scores = 0
-    for j in range(index.q.size(2)):
-        z = torch.baddbmm(index.b[j], index.q[:, t0:t1, j], keys, alpha=scale)  # (B, tq, end)
+    for j in range(q.size(2)):
+        z = torch.baddbmm(index.b[j], q[:, :, j], keys, alpha=scale)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
-        scores = z.mul_(index.w[:, t0:t1, j, None]) if j == 0 else scores.addcmul_(z, index.w[:, t0:t1, j, None])
+        scores = z.mul_(w[:, :, j]) if j == 0 else scores.addcmul_(z, w[:, :, j])
     return scores
 
 
@@ -244,25 +275,25 @@ def select(index, visible, budget, backend="torch"):
     width = min(widest, visible.n_keys)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
     k, var = indices.new_zeros(B, T, dtype=torch.long), index.w.new_zeros(B, T)
-    for t0, t1 in visible.tiles():
-        see = visible.mask(t0, t1)  # (B or 1, tq, end)
-        n, end, visible_01 = see.sum(-1), see.size(-1), see.to(index.w.dtype)
-        scores = _tile_scores(index, t0, t1, end)  # (B, tq, end)
+    for tile in visible.tiles:
+        rows, see = tile.queries, visible.mask(tile)  # (B or 1, tq, end-begin)
+        n, seen, visible_01 = see.sum(-1), see.size(-1), see.to(index.w.dtype)
+        scores = _tile_scores(index, tile)  # (B, tq, end-begin)
         if budget.rule != "fixed":
-            var[:, t0:t1] = _variance(scores, visible_01, n)
-        k_t = k[:, t0:t1] = budgets(var[:, t0:t1], n.expand(B, -1), budget)
-        scores = _force(scores, see, visible.pos[:, t0:t1], budget).add_(visible_01.sub_(1).mul_(-HIDDEN))
-        if end <= width + 1:
+            var[:, rows] = _variance(scores, visible_01, n)
+        k_t = k[:, rows] = budgets(var[:, rows], n.expand(B, -1), budget)
+        scores = _force(scores, visible, tile, budget).add_(visible_01.sub_(1).mul_(-HIDDEN))
+        if seen <= width + 1:
             order = scores.sort(dim=-1, descending=True, stable=True).indices
         else:
             top, order = scores.topk(width + 1)
             # A tie across the boundary: topk kept any of the equals, a stable sort keeps the lowest index.
-            rows = (top.gather(2, k_t[..., None] - 1) == top.gather(2, k_t[..., None]))[..., 0].nonzero(as_tuple=True)
-            if len(rows[0]):
-                order[rows] = scores[rows].sort(dim=-1, descending=True, stable=True).indices[:, :width + 1]
-        n = min(width, end)
+            tied = (top.gather(2, k_t[..., None] - 1) == top.gather(2, k_t[..., None]))[..., 0].nonzero(as_tuple=True)
+            if len(tied[0]):
+                order[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width + 1]
+        n = min(width, seen)
         picked = torch.arange(n, device=k.device) < k_t[..., None]
-        indices[:, t0:t1, :n] = order[..., :n].masked_fill(~picked, -1).int()
+        indices[:, rows, :n] = (order[..., :n] + tile.begin).masked_fill(~picked, -1).int()
     return Selection(visible, k, indices, var)
 
 
@@ -290,17 +321,15 @@ def _unrows(x, tq):
     return x.view(B, G, rows // tq, tq, d).permute(0, 3, 1, 2, 4).reshape(B, tq, -1, d)
 
 
-def _take(x, keys, U):
-    """The tile's keys out of (B, S, ...): the first U if keys is None, else gathered. (B, U, ...)."""
-    if keys is None:
-        return x[:, :U]
-    return x[torch.arange(x.size(0), device=x.device)[:, None], keys]
+def _take(x, keys):
+    """A tile's keys (Selection.union) out of (B, S, ...): (B, U, ...)."""
+    return x[:, keys] if isinstance(keys, slice) else x[torch.arange(x.size(0), device=x.device)[:, None], keys]
 
 
 def _put(grad, keys, x):
     """The adjoint of _take: add x (B, U, ...) to grad (B, S, ...) in place."""
-    if keys is None:
-        grad[:, :x.size(1)] += x
+    if isinstance(keys, slice):
+        grad[:, keys] += x
     else:
         offset = torch.arange(grad.size(0), device=grad.device)[:, None] * grad.size(1)
         grad.view(-1, *grad.shape[2:]).index_add_(0, (keys + offset).flatten(), x.flatten(0, 1))
@@ -322,13 +351,14 @@ class _SparseAttention(torch.autograd.Function):
         G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(B, T, H, device=q.device, dtype=dtype)
-        for t0, t1 in selection.visible.tiles():
-            keys, bias = selection.tile(t0, t1, dtype)
-            s = _logits(_rows(q[:, t0:t1], G), _take(k, keys, bias.size(-1)), bias)  # (B, G, R·tq, U)
+        for tile in selection.visible.tiles:
+            rows, tq = tile.queries, tile.t1 - tile.t0
+            keys, bias = selection.union(tile, dtype)
+            s = _logits(_rows(q[:, rows], G), _take(k, keys), bias)  # (B, G, R·tq, U)
             p = s.softmax(-1)
             l = s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # LSE, from the largest term
-            o[:, t0:t1] = _unrows(p.to(v.dtype) @ _take(v, keys, bias.size(-1)).transpose(1, 2), t1 - t0)
-            lse[:, t0:t1] = _unrows(l, t1 - t0)[..., 0]
+            o[:, rows] = _unrows(p.to(v.dtype) @ _take(v, keys).transpose(1, 2), tq)
+            lse[:, rows] = _unrows(l, tq)[..., 0]
         ctx.save_for_backward(q, k, v, o)
         ctx.selection = selection
         ctx.mark_non_differentiable(lse)
@@ -341,14 +371,14 @@ class _SparseAttention(torch.autograd.Function):
         delta = (do.to(dtype) * o).sum(-1)  # (B, T, H), Σ_s P·dP
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, device=x.device, dtype=dtype) for x in (k, v))
-        for t0, t1 in ctx.selection.visible.tiles():
-            keys, bias = ctx.selection.tile(t0, t1, dtype)
-            tq, U = bias.shape[1:]
-            k_t, v_t = _take(k, keys, U), _take(v, keys, U)  # (B, U, G, d)
-            q_t, do_t = _rows(q[:, t0:t1], G), _rows(do[:, t0:t1], G)  # (B, G, R·tq, d)
+        for tile in ctx.selection.visible.tiles:
+            rows, tq = tile.queries, tile.t1 - tile.t0
+            keys, bias = ctx.selection.union(tile, dtype)
+            k_t, v_t = _take(k, keys), _take(v, keys)  # (B, U, G, d)
+            q_t, do_t = _rows(q[:, rows], G), _rows(do[:, rows], G)  # (B, G, R·tq, d)
             p = _logits(q_t, k_t, bias).softmax(-1)
-            ds = (do_t @ v_t.permute(0, 2, 3, 1)).to(dtype).sub_(_rows(delta[:, t0:t1], G)).mul_(p).mul_(scale).to(q.dtype)
-            dq[:, t0:t1] = _unrows(ds @ k_t.transpose(1, 2), tq)
+            ds = (do_t @ v_t.permute(0, 2, 3, 1)).to(dtype).sub_(_rows(delta[:, rows], G)).mul_(p).mul_(scale).to(q.dtype)
+            dq[:, rows] = _unrows(ds @ k_t.transpose(1, 2), tq)
             _put(dk, keys, (ds.transpose(2, 3) @ q_t).transpose(1, 2).to(dtype))
             _put(dv, keys, (p.to(q.dtype).transpose(2, 3) @ do_t).transpose(1, 2).to(dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
@@ -392,16 +422,17 @@ class _IndexLoss(torch.autograd.Function):
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
-        for t0, t1 in selection.visible.tiles():
-            keys, bias = selection.tile(t0, t1, iq.dtype)
-            p = _logits(_rows(q[:, t0:t1], G), _take(k, keys, bias.size(-1)), bias).softmax(-1)
+        for tile in selection.visible.tiles:
+            rows = tile.queries
+            keys, bias = selection.union(tile, iq.dtype)
+            p = _logits(_rows(q[:, rows], G), _take(k, keys), bias).softmax(-1)
             p = p.view(B, -1, *bias.shape[1:]).mean(1)  # teacher, (B, tq, U)
-            k_t = _take(ik, keys, bias.size(-1))  # (B, U, di)
+            k_t = _take(ik, keys)  # (B, U, di)
             acts, scores = [], 0
             for j in range(Hi):
-                z = torch.baddbmm(ib[j], iq[:, t0:t1, j], k_t.transpose(1, 2), alpha=scale)
+                z = torch.baddbmm(ib[j], iq[:, rows, j], k_t.transpose(1, 2), alpha=scale)
                 acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
-                scores = scores + acts[j] * iw[:, t0:t1, j, None]
+                scores = scores + acts[j] * iw[:, rows, j, None]
             logits = torch.add(bias, scores * tau)
             student = logits.softmax(-1)
             lse = logits.amax(-1) - student.amax(-1).log()  # (B, tq)
@@ -412,12 +443,12 @@ class _IndexLoss(torch.autograd.Function):
             g *= tau
             dk_t = torch.zeros_like(k_t)
             for j, a in enumerate(acts):
-                dw[:, t0:t1, j] = (g * a).sum(-1)
+                dw[:, rows, j] = (g * a).sum(-1)
                 slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
-                dz = slope.mul_(g).mul_(iw[:, t0:t1, j, None])
+                dz = slope.mul_(g).mul_(iw[:, rows, j, None])
                 db[j] += dz.sum()
-                dq[:, t0:t1, j] = (dz @ k_t).mul_(scale)
-                dk_t.baddbmm_(dz.transpose(1, 2), iq[:, t0:t1, j], alpha=scale)
+                dq[:, rows, j] = (dz @ k_t).mul_(scale)
+                dk_t.baddbmm_(dz.transpose(1, 2), iq[:, rows, j], alpha=scale)
             _put(dk, keys, dk_t)
         ctx.save_for_backward(dq, dk, dw, db, dtau)
         ctx.n = B * T
@@ -458,19 +489,17 @@ def attention_report(q, k, selection):
     first_token  share of the attention over S_t that goes to the first key of the document, mean over the queries after it
     """
     visible = selection.visible
-    everything = Selection(visible, selection.budget, None)
     recall = best = first = 0.0
     choosing = later = 0
-    for t0, t1 in visible.tiles():
-        see = visible.mask(t0, t1)  # (B or 1, tq, end)
-        end, dtype = see.size(-1), torch.promote_types(q.dtype, torch.float32)
-        p = _logits(_rows(q[:, t0:t1], k.size(2)), k[:, :end], visible.bias(t0, t1, dtype)).softmax(-1)
-        p = p.view(q.size(0), -1, t1 - t0, end)  # (B, H, tq, end)
-        inside = selection.tile_bias(t0, t1) == 0
+    for tile in visible.tiles:
+        rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
+        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys], visible.bias(tile, dtype)).softmax(-1)
+        p = p.view(q.size(0), -1, *see.shape[1:])  # (B, H, tq, end-begin)
+        inside = selection.bias(tile) == 0
         kept = p * inside[:, None]
-        kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, tq, end), what the layer really attends with
+        kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, tq, end-begin), what the layer really attends with
         p = p.mean(1)
-        k_t, n = selection.budget[:, t0:t1], see.sum(-1)
+        k_t, n = selection.budget[:, rows], see.sum(-1)
         choose = k_t < n  # (B, tq)
         choosing += choose.sum()
         recall += ((p * inside).sum(-1) * choose).sum()

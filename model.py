@@ -101,7 +101,7 @@ class KVCache:
             return [torch.zeros(B, size, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.k, self.v = empty(config.n_kv_head, config.d_head), empty(config.n_kv_head, config.d_head)
         self.k_index = empty(config.d_index) if config.sparse else [None] * config.n_layer
-        self.doc = torch.zeros(B, size, dtype=torch.long, device=device)
+        self.doc, self.start = torch.zeros(2, B, size, dtype=torch.long, device=device)  # document and its first position
         self.length = torch.zeros(B, dtype=torch.long, device=device)  # tokens held, per row
         self.size = size
 
@@ -109,7 +109,16 @@ class KVCache:
         """Repeat every row n times, in place, to continue one prompt in n ways."""
         twice = lambda x: None if x is None else x.repeat_interleave(n, 0)
         self.k, self.v, self.k_index = ([twice(x) for x in xs] for xs in (self.k, self.v, self.k_index))
-        self.doc, self.length = twice(self.doc), twice(self.length)
+        self.doc, self.start, self.length = twice(self.doc), twice(self.start), twice(self.length)
+
+    def document_starts(self, doc, pos):
+        """Note the documents doc (B, T) at positions pos (B, T), which follow what the cache holds; their starts, (B, T)."""
+        last = (self.length - 1).clamp(min=0)[:, None]
+        last_doc, last_start = (x.gather(1, last)[:, 0] for x in (self.doc, self.start))
+        start = kernels.document_starts(doc, pos, last_doc, torch.where(self.length > 0, last_start, 0))
+        self.write(self.doc, pos, doc)
+        self.write(self.start, pos, start)
+        return start
 
     @staticmethod
     def write(buffer, pos, x):
@@ -239,9 +248,10 @@ class Attention(nn.Module):
             if want_loss:
                 index_loss = kernels.index_loss(q, k, index, self.indexer.log_tau, attended, kernel)
         else:
-            mask = None if visible.plain else visible.mask()[:, None]
-            S = T if visible.plain else mask.size(-1)
-            o = F.scaled_dot_product_attention(*(x[:, :S].transpose(1, 2) for x in (q, k, v)), attn_mask=mask,
+            keys, mask = slice(None), None
+            if not visible.plain:
+                keys, mask = visible.whole.keys, visible.mask(visible.whole)[:, None]
+            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k[:, keys], v[:, keys])), attn_mask=mask,
                                                is_causal=mask is None, enable_gqa=H != G).transpose(1, 2)
         o = o.reshape(B, T, H * d)
         if self.output_gate:
@@ -357,9 +367,7 @@ class GSA(nn.Module):
             if int(pos[:, -1].max()) >= min(cache.size, self.config.block_size):
                 raise ValueError(f"{int(pos[:, -1].max()) + 1} tokens do not fit in the cache ({cache.size}) and "
                                  f"block_size ({self.config.block_size})")
-            visible = kernels.Visible(pos, cache.size)
-            if doc is not None:
-                visible.doc_q, visible.doc_k = doc, cache.write(cache.doc, pos, doc)
+            visible = kernels.Visible(pos, cache.size, None if doc is None else cache.document_starts(doc, pos))
             cache.length = cache.length + T
         x = self.embed(idx)  # (B, T, C)
         index_losses, stats = [], []
@@ -453,12 +461,13 @@ class GSA(nn.Module):
             indexer.var_seen.zero_()
 
     def param_groups(self, weight_decay=0.1, index_lr_mult=10.0):
-        """Optimizer groups: matrices (decayed), vectors, indexer (its learning rate times index_lr_mult). Each has a "name"."""
+        """Optimizer groups by "name": matrix and embed (decayed), vector, indexer (its learning rate times index_lr_mult)."""
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
         index = [p for n, p in named.items() if ".indexer." in n]
-        matrix = [p for n, p in named.items() if ".indexer." not in n and p.dim() > 1]
+        matrix = [p for n, p in named.items() if ".indexer." not in n and p.dim() > 1 and p is not self.embed.weight]
         vector = [p for n, p in named.items() if ".indexer." not in n and p.dim() < 2]
         groups = [dict(name="matrix", params=matrix, weight_decay=weight_decay, lr_mult=1.0),
+                  dict(name="embed", params=[self.embed.weight], weight_decay=weight_decay, lr_mult=1.0),
                   dict(name="vector", params=vector, weight_decay=0.0, lr_mult=1.0),
                   dict(name="indexer", params=index, weight_decay=0.0, lr_mult=index_lr_mult)]
         groups = [g for g in groups if g["params"]]

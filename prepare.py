@@ -20,6 +20,7 @@ import os
 import random
 import re
 import shutil
+import string
 import sysconfig
 import time
 from collections import Counter, deque
@@ -115,29 +116,22 @@ def passkey_line(name, key):
 
 
 def random_passkey(rng):
-    """(name, key) from a random.Random: two capital letters, four digits."""
-    return "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=2)), "".join(rng.choices("0123456789", k=4))
+    """(name, key) from a random.Random: two capital letters, four of a-z and 0-9."""
+    return "".join(rng.choices(string.ascii_uppercase, k=2)), "".join(rng.choices(string.ascii_lowercase + string.digits, k=4))
 
 
-def passkey_document(rng, filler, length=480):
+def passkey_document(rng, filler):
     """
-    A synthetic document of about `length` characters (random from a third of it): 1 to 8 facts, told one after the other
-    between many questions. A question is the fact once more, predictable from its "=" on. In half of the documents
-    stretches of `filler` text separate the lines. Retrieval is learnt from the easy documents upwards.
+    A synthetic document of about 60 to 500 characters: 1 to 6 facts, told again in every round, in another order; all but
+    the first telling are questions, predictable from the "=" on. Before a round stands a scrap of `filler`: short scraps
+    make the dense and easy documents from which looking up is learnt, long ones teach it over distance.
     """
-    length, gap = rng.randint(length // 3, length), rng.choice((0, 0, 0, 20, 100, 300))
-    facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 1, 2, 2, 4, 8))))
-    untold, told, text = list(facts), [], ""
+    length, longest, text = rng.randint(60, 500), rng.choice((5, 5, 30, 100, 400)), ""
+    facts = [random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4, 6)))]
     while len(text) < length:
-        if untold and (not told or rng.random() < 0.4):
-            told.append(untold.pop())
-            name = told[-1]
-        else:
-            name = rng.choice(told)
-        text += passkey_line(name, facts[name])
-        if gap and rng.random() < 0.3:
-            at = rng.randrange(len(filler) - gap)
-            text += filler[at:at + gap] + "\n"
+        scrap = rng.randint(0, longest)
+        at = rng.randrange(len(filler) - scrap)
+        text += filler[at:at + scrap] + "\n" + "".join(passkey_line(*fact) for fact in rng.sample(facts, len(facts)))
     return text
 
 
@@ -155,7 +149,7 @@ def demo_documents(seed):
         text = open(path, encoding="utf-8", errors="replace").read()
         yield text
         for _ in range(len(text) // 240 + 1):
-            yield passkey_document(rng, text.ljust(400))
+            yield passkey_document(rng, text.ljust(500))
 
 
 def text_documents(paths, longest=1 << 16):

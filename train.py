@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 from configurator import UserError, parse, run
 from model import GSA, GSAConfig
 from prepare import Data
@@ -37,12 +38,13 @@ class TrainConfig(GSAConfig):
     # data and output
     data: str = "data/slimpajama"  # a folder written by prepare.py
     out_dir: str = "out"  # ckpt.pt, log.jsonl, config.json
-    init_from: str = "scratch"  # scratch | resume (out_dir's checkpoint) | retrofit (a dense checkpoint)
-    retrofit_from: str = ""  # folder of the dense checkpoint that gets gates and an indexer
+    init_from: str = "scratch"  # scratch | resume (out_dir's checkpoint)
+    retrofit_from: str = ""  # folder of a dense checkpoint to start from: it gets gates and an indexer, trained alone in warm-up
     # model
     attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets the model's switches unless they are given too
     doc_mask: bool = True  # attention stops at document boundaries
     # optimization
+    muon: bool = False  # the layers' matrices by Muon, scaled to AdamW's step size (torch.optim.Muon); all else by AdamW
     batch_size: int = 8  # sequences per micro-batch and rank
     grad_accum: int = 1  # micro-batches per step over all ranks together
     max_iters: int = 1000
@@ -71,7 +73,8 @@ class TrainConfig(GSAConfig):
 
     def __post_init__(self):
         self.model_config(self.vocab_size or 256)
-        for name, choices in dict(init_from=("scratch", "resume", "retrofit"), dtype=("", "float32", "bfloat16")).items():
+        kernels.check_backend(self.backend)
+        for name, choices in dict(init_from=("scratch", "resume"), dtype=("", "float32", "bfloat16")).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if min(self.batch_size, self.grad_accum, self.max_iters, self.log_interval, self.eval_interval) < 1:
@@ -146,7 +149,10 @@ def load_checkpoint(folder, device="cpu"):
 def load_model(folder, device="cpu", backend="torch"):
     """(model in eval mode, checkpoint dict) of a training run's out_dir."""
     checkpoint = load_checkpoint(folder, device)
-    model = GSA(GSAConfig(**checkpoint["model_config"]), backend).to(device)
+    try:
+        model = GSA(GSAConfig(**checkpoint["model_config"]), backend).to(device)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint
 
@@ -159,7 +165,7 @@ def save_checkpoint(folder, **content):
 
 
 def load_retrofit(model, folder):
-    """Load a dense checkpoint into a model with gates and indexer, gates open (σ(6) = 0.998) so that it starts as it was."""
+    """Load a dense checkpoint into a model with gates and indexer, gates open (σ(8) = 0.9997) so that it starts as it was."""
     checkpoint = load_checkpoint(folder)
     try:
         missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
@@ -170,7 +176,7 @@ def load_retrofit(model, folder):
         raise UserError(f"{folder} does not fit this model: {foreign[0]} is on one side only")
     for name, p in model.named_parameters():
         if name in missing and "_gate." in name:
-            torch.nn.init.constant_(p, 6.0 if name.endswith("bias") else 0.0)
+            torch.nn.init.constant_(p, 8.0 if name.endswith("bias") else 0.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -182,6 +188,14 @@ def learning_rate(cfg, step):
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
     return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (cfg.learning_rate - cfg.min_lr)
+
+
+def make_optimizers(model, cfg):
+    """[AdamW] for all of the model's groups or, with cfg.muon, [AdamW, Muon], Muon for the layers' matrices."""
+    groups = model.param_groups(cfg.weight_decay, cfg.index_lr_mult)
+    by_muon = [g for g in groups if cfg.muon and g["name"] == "matrix"]
+    adamw = torch.optim.AdamW([g for g in groups if g not in by_muon], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    return [adamw] + [torch.optim.Muon(by_muon, lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")] * bool(by_muon)
 
 
 @torch.no_grad()
@@ -248,20 +262,20 @@ def _train(cfg, device, rank, world):
 
     raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
     step = 0
-    if cfg.init_from == "retrofit":
+    if cfg.retrofit_from and cfg.init_from == "scratch":
         load_retrofit(raw, cfg.retrofit_from)
     raw.to(device)
-    frozen = [p for n, p in raw.named_parameters() if ".indexer." not in n] if cfg.init_from == "retrofit" else []
-    groups = raw.param_groups(cfg.weight_decay, cfg.index_lr_mult)
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizers = make_optimizers(raw, cfg)
     if cfg.init_from == "resume":
         checkpoint = load_checkpoint(cfg.out_dir, device)
         if checkpoint["model_config"] != asdict(raw.config) or checkpoint["meta"]["tokenizer"] != data.meta["tokenizer"]:
             raise UserError(f"{cfg.out_dir}/ckpt.pt was trained with another model or tokenizer than these settings and {cfg.data}")
         raw.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+            optimizer.load_state_dict(state)
         step = checkpoint["step"]
         del checkpoint
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     model = torch.compile(raw) if cfg.compile else raw
     if world > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.startswith("cuda") else None, broadcast_buffers=False)
@@ -299,16 +313,15 @@ def _train(cfg, device, rank, world):
             say(f"step {step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()), flush=True)
             record("eval", **metrics)
             if rank == 0:
-                save_checkpoint(cfg.out_dir, model=raw.state_dict(), optimizer=optimizer.state_dict(), step=step,
+                save_checkpoint(cfg.out_dir, model=raw.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step,
                                 config=asdict(cfg), model_config=asdict(raw.config), meta=data.meta)
         if done:
             break
         start = time.time()
-        for p in frozen:  # a retrofitted model first trains its indexer alone
-            p.requires_grad_(not warmup)
         lr = learning_rate(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_mult"]
+        for group in groups:
+            frozen = warmup and cfg.retrofit_from and group["name"] != "indexer"  # a retrofitted model first trains its indexer alone
+            group["lr"] = 0.0 if frozen else lr * group["lr_mult"]
         logged = (step + 1) % cfg.log_interval == 0 or step == 0
         sums = torch.zeros(2, device=device)
         for micro in range(local_accum):
@@ -321,11 +334,12 @@ def _train(cfg, device, rank, world):
             (loss / local_accum).backward()
             sums += torch.stack((out.loss.detach(), out.index_loss.detach() if cfg.sparse else out.loss.detach() * 0)) / local_accum
         for name, limit in (("indexer", cfg.index_grad_clip), ("", cfg.grad_clip)):
-            params = [p for g in optimizer.param_groups if (g["name"] == "indexer") == bool(name) for p in g["params"]]
+            params = [p for g in groups if (g["name"] == "indexer") == bool(name) for p in g["params"]]
             if params and limit:
                 torch.nn.utils.clip_grad_norm_(params, limit)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         raw.update_var_avg()
         step += 1
         if logged:

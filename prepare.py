@@ -122,16 +122,27 @@ def random_passkey(rng):
 
 def passkey_document(rng, filler):
     """
-    A synthetic document of about 60 to 500 characters: 1 to 6 facts, told again in every round, in another order; all but
-    the first telling are questions, predictable from the "=" on. Before a round stands a scrap of `filler`: short scraps
-    make the dense and easy documents from which looking up is learnt, long ones teach it over distance.
+    A synthetic document of 60 to 950 characters: 1 to 4 facts, told one after the other between many questions. A question
+    is the fact once more, predictable from its "=" on. Lines are kept at irregular distances, or a model would learn those
+    in place of looking up: in most documents by a few dots, easy to see through, so that retrieval is learnt from these;
+    in the others by stretches of `filler` text.
     """
-    length, longest, text = rng.randint(60, 500), rng.choice((5, 5, 30, 100, 400)), ""
-    facts = [random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4, 6)))]
+    scrap = rng.choice((0, 0, 0, 0, 100, 300, 450))
+    length = rng.randint(300 if scrap else 60, 500)
+    facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4))))
+    untold, told, text = list(facts), [], ""
     while len(text) < length:
-        scrap = rng.randint(0, longest)
-        at = rng.randrange(len(filler) - scrap)
-        text += filler[at:at + scrap] + "\n" + "".join(passkey_line(*fact) for fact in rng.sample(facts, len(facts)))
+        if untold and (not told or rng.random() < 0.4):
+            told.append(untold.pop())
+            name = told[-1]
+        else:
+            name = rng.choice(told)
+        if not scrap:
+            text += rng.randint(0, 6) * "." + "\n"
+        elif rng.random() < 0.3:
+            at = rng.randrange(len(filler) - scrap)
+            text += filler[at:at + rng.randint(scrap // 2, scrap)] + "\n"
+        text += passkey_line(name, facts[name])
     return text
 
 
@@ -139,7 +150,7 @@ def passkey_document(rng, filler):
 # Documents
 
 def demo_documents(seed):
-    """The source of the installed standard library, each file followed by as much pass-key text, endlessly."""
+    """The source of the installed standard library, each file followed by about twice as much pass-key text."""
     root = sysconfig.get_path("stdlib")
     paths = sorted(glob.glob(root + "/**/*.py", recursive=True))
     paths = [p for p in paths if not re.search(r"site-packages|dist-packages|/test|/idlelib|/lib2to3", p[len(root):])]
@@ -148,7 +159,7 @@ def demo_documents(seed):
     for path in paths:
         text = open(path, encoding="utf-8", errors="replace").read()
         yield text
-        for _ in range(len(text) // 240 + 1):
+        for _ in range(len(text) // 150 + 1):
             yield passkey_document(rng, text.ljust(500))
 
 

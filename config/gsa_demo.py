@@ -1,6 +1,7 @@
 """The demo of README.md: one laptop CPU, under ten minutes. Data: python prepare.py --dataset demo"""
 data = "data/demo"
 out_dir = "out"
+attention = "gsa"
 n_layer = 3
 n_head = 4
 n_kv_head = 2
@@ -11,12 +12,14 @@ d_index = 32
 k_base = 96
 k_min = 32
 k_max = 128
-batch_size = 8
-max_iters = 900
-index_warmup_iters = 250
+batch_size = 4
+muon = True
+max_iters = 1750
+index_warmup_iters = 750
 learning_rate = 3e-3
 min_lr = 3e-4
 warmup_iters = 50
 weight_decay = 0.05
-eval_interval = 300
+eval_interval = 875
 eval_iters = 8
+log_interval = 25

@@ -161,8 +161,8 @@ def test_passkey_documents_can_be_answered():
         for line in prepare.passkey_document(rng, "filler\n" * 60).splitlines():
             if line.startswith("key "):
                 name, key = line[4:].split("=")
+                told_again += name in facts
                 assert facts.setdefault(name, key) == key
-                told_again += 1
             lines += 1
     assert told_again > lines / 3
 

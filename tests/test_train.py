@@ -80,9 +80,9 @@ def interrupt_at_checkpoint(monkeypatch, cfg):
             train.train(cfg)
 
 
-@pytest.mark.parametrize("arm", ["dense", "gsa"])
-def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, arm):
-    settings = dict(max_iters=8, eval_interval=3, grad_accum=2)
+@pytest.mark.parametrize("arm,muon", [("dense", False), ("gsa", False), ("gsa", True)])
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, arm, muon):
+    settings = dict(max_iters=8, eval_interval=3, grad_accum=2, muon=muon)
     train.train(config(data, tmp_path / "whole", arm, **settings))
     interrupt_at_checkpoint(monkeypatch, config(data, tmp_path / "cut", arm, **settings))
     with open(tmp_path / "cut/log.jsonl", "a") as f:

@@ -34,7 +34,7 @@ class EvalConfig:
     lengths: str = ""  # context lengths in tokens, "256,512"; default: a quarter, half and all of the context
     depths: int = 5  # positions of the needle, from the start (0) to the end (1)
     seeds: int = 3
-    samples: int = 20  # needles per length, depth and seed
+    samples: int = 10  # needles per length, depth and seed
     distractors: int = 9  # wrong keys the right one is ranked among
     # system
     batch_size: int = 10

@@ -122,13 +122,13 @@ def random_passkey(rng):
 
 def passkey_document(rng, filler):
     """
-    A synthetic document of 60 to 950 characters: 1 to 4 facts, told one after the other between many questions. A question
-    is the fact once more, predictable from its "=" on. Lines are kept at irregular distances, or a model would learn those
-    in place of looking up: in most documents by a few dots, easy to see through, so that retrieval is learnt from these;
-    in the others by stretches of `filler` text.
+    A synthetic document: 1 to 4 facts, told one after the other between many questions. A question is the fact once more,
+    predictable from its "=" on. Lines are kept at irregular distances, or a model would learn those in place of looking up:
+    in most documents by a few dots, easy to see through, so that retrieval is learnt from these; in the others by stretches
+    of `filler` (at least 450 characters), from which it learns to reach far.
     """
-    scrap = rng.choice((0, 0, 0, 0, 100, 300, 450))
-    length = rng.randint(300 if scrap else 60, 500)
+    stretch = rng.choice((0, 0, 0, 0, 0, 100, 450, 450))
+    length = rng.randint(300, 700) if stretch else rng.randint(60, 500)
     facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4))))
     untold, told, text = list(facts), [], ""
     while len(text) < length:
@@ -137,11 +137,11 @@ def passkey_document(rng, filler):
             name = told[-1]
         else:
             name = rng.choice(told)
-        if not scrap:
+        if not stretch:
             text += rng.randint(0, 6) * "." + "\n"
         elif rng.random() < 0.3:
-            at = rng.randrange(len(filler) - scrap)
-            text += filler[at:at + rng.randint(scrap // 2, scrap)] + "\n"
+            at = rng.randint(0, len(filler) - stretch)
+            text += filler[at:at + rng.randint(stretch // 2, stretch)] + "\n"
         text += passkey_line(name, facts[name])
     return text
 
@@ -150,7 +150,7 @@ def passkey_document(rng, filler):
 # Documents
 
 def demo_documents(seed):
-    """The source of the installed standard library, each file followed by about twice as much pass-key text."""
+    """The source of the installed standard library, each file followed by two to three times as much pass-key text."""
     root = sysconfig.get_path("stdlib")
     paths = sorted(glob.glob(root + "/**/*.py", recursive=True))
     paths = [p for p in paths if not re.search(r"site-packages|dist-packages|/test|/idlelib|/lib2to3", p[len(root):])]
@@ -160,7 +160,7 @@ def demo_documents(seed):
         text = open(path, encoding="utf-8", errors="replace").read()
         yield text
         for _ in range(len(text) // 150 + 1):
-            yield passkey_document(rng, text.ljust(500))
+            yield passkey_document(rng, text.ljust(450))
 
 
 def text_documents(paths, longest=1 << 16):

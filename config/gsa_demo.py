@@ -22,4 +22,4 @@ warmup_iters = 50
 weight_decay = 0.05
 eval_interval = 875
 eval_iters = 8
-log_interval = 25
+log_interval = 50

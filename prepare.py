@@ -286,10 +286,10 @@ def prepare(cfg):
     val_fraction = cfg.val_fraction or (0.04 if cfg.dataset == "demo" else 0.005)
     if not 0 < val_fraction < 1:
         raise UserError(f"val_fraction {cfg.val_fraction} is not between 0 and 1")
+    docs = documents(cfg)
     tokenizer = Tokenizer(cfg.tokenizer or ("bytes" if cfg.dataset == "demo" else "gpt2"))
     limit = cfg.num_tokens or (6_000_000 if cfg.dataset == "demo" else float("inf"))
     name = cfg.name or re.sub(r"\W+", "-", os.path.splitext(os.path.basename(cfg.dataset))[0]).strip("-") or "data"
-    docs = documents(cfg)
     final, partial = os.path.join(cfg.data_dir, name), os.path.join(cfg.data_dir, f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)

@@ -195,7 +195,7 @@ def make_optimizers(model, cfg):
     groups = model.param_groups(cfg.weight_decay, cfg.index_lr_mult)
     by_muon = [g for g in groups if cfg.muon and g["name"] == "matrix"]
     adamw = torch.optim.AdamW([g for g in groups if g not in by_muon], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    return [adamw] + [torch.optim.Muon(by_muon, lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")] * bool(by_muon)
+    return [adamw] + ([torch.optim.Muon(by_muon, lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")] if by_muon else [])
 
 
 @torch.no_grad()

@@ -159,8 +159,9 @@ def demo_documents(seed):
     for path in paths:
         text = open(path, encoding="utf-8", errors="replace").read()
         yield text
+        filler = text.ljust(450)
         for _ in range(len(text) // 150 + 1):
-            yield passkey_document(rng, text.ljust(450))
+            yield passkey_document(rng, filler)
 
 
 def text_documents(paths, longest=1 << 16):

@@ -192,10 +192,10 @@ def learning_rate(cfg, step):
 
 def make_optimizers(model, cfg):
     """[AdamW] for all of the model's groups or, with cfg.muon, [AdamW, Muon], Muon for the layers' matrices."""
-    groups = model.param_groups(cfg.weight_decay, cfg.index_lr_mult)
-    by_muon = [g for g in groups if cfg.muon and g["name"] == "matrix"]
-    adamw = torch.optim.AdamW([g for g in groups if g not in by_muon], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)
-    return [adamw] + ([torch.optim.Muon(by_muon, lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")] if by_muon else [])
+    groups, by_muon = {g["name"]: g for g in model.param_groups(cfg.weight_decay, cfg.index_lr_mult)}, []
+    if cfg.muon:
+        by_muon = [torch.optim.Muon([groups.pop("matrix")], lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")]
+    return [torch.optim.AdamW(groups.values(), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)] + by_muon
 
 
 @torch.no_grad()

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -110,12 +112,19 @@ def test_phases_and_checkpoint(data, tmp_path):
     assert out.getvalue().count("import ") == 2
 
 
-def worker(rank, world, port, data, out):
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def worker(rank, world, rendezvous, data, out):
     torch.set_num_threads(1)
-    model, batches = ready(data)
     if world > 1:
-        torch.distributed.init_process_group("gloo")
+        torch.distributed.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=60), world, rank)
+    results = gradients(rank, world, data)
+    if rank == 0:
+        torch.save(results, out)
+    if world > 1:
+        torch.distributed.destroy_process_group()  # last: where DDP's reducer outlives it, freeing gloo's threads can deadlock on the GIL
+
+
+def gradients(rank, world, data):
+    model, batches = ready(data)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     for micro in range(4 // world):
         wrapped.require_backward_grad_sync = micro == 4 // world - 1
@@ -123,10 +132,7 @@ def worker(rank, world, port, data, out):
         result = wrapped(idx, targets, doc, stats=False)
         ((result.loss + result.index_loss) / (4 // world)).backward()
     model.update_var_avg()
-    if rank == 0:
-        torch.save([p.grad for p in model.parameters()] + [b.attn.indexer.var_avg for b in model.blocks], out)
-    if world > 1:
-        torch.distributed.destroy_process_group()
+    return [p.grad for p in model.parameters()] + [b.attn.indexer.var_avg for b in model.blocks]
 
 
 def ready(data):
@@ -136,11 +142,12 @@ def ready(data):
     return GSA(GSAConfig.arm("gsa", vocab_size=257, **dims)).double().train(), train.Batches(ids.train, 64, 2, 256, 0, True)
 
 
-def test_two_ranks_give_the_gradients_of_one(data, tmp_path):
-    worker(0, 1, 0, data, tmp_path / "one.pt")
-    port = random.randint(20000, 60000)
-    torch.multiprocessing.spawn(worker, (2, port, data, tmp_path / "two.pt"), 2)
-    one, two = (torch.load(tmp_path / f, weights_only=True) for f in ("one.pt", "two.pt"))
+def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for world in (1, 2):
+        ranks = torch.multiprocessing.spawn(worker, (world, tmp_path / "rendezvous", data, tmp_path / f"{world}.pt"), world, join=False, daemon=True)
+        assert any(ranks.join(timeout=60) for _ in range(world)), "the ranks hang"
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
@@ -150,11 +157,18 @@ def test_torchrun(data, tmp_path):
     cfg = config(data, tmp_path / "one", grad_accum=2, max_iters=4)
     train.train(cfg)
     args = [f"--{k}={v}" for k, v in TINY.items()] + [f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--grad_accum=2", "--max_iters=4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={random.randint(20000, 60000)}", str(ROOT / "train.py")]
-    done = subprocess.run(command + args, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(ROOT / "train.py")]
+    env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    done = subprocess.run(command + args, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3) and a["index_loss"] == pytest.approx(b["index_loss"], abs=2e-2)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def test_compile_trains_the_same(data, tmp_path):

@@ -1,27 +1,35 @@
 """
 Time and peak memory of one GSA layer beside the dense layer of the same shape, as ratios within one run.
 
-    python bench.py
+    python bench.py                      # on a CPU: the PyTorch path
     python bench.py --lengths=2048,8192 --n_head=16 --n_kv_head=4 --d_head=128
+    python bench.py --gpu                # on a GPU: the Triton kernels, checked against fp32, then timed
+    python bench.py --gpu --dry_run      # the same code at toy size on a CPU, in Triton's interpreter
+    python bench.py --roofline           # bounds for an H100, counted from real selections: no GPU needed, no speed claimed
 
-Training step (forward, index loss, backward), forward alone, and one decoded token against a cache. Every case runs in a
-process of its own, so that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own; the
+Training step (forward, index loss, backward), forward alone, and one decoded token against a cache. On a CPU every case runs
+in a process of its own, so that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own; the
 two arms alternate. Inputs are random, which is the worst case for the union of a tile's keys. The last line is JSON.
 """
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 
 import kernels
 from configurator import UserError, parse, run
 from model import GSA, GSAConfig, KVCache
+from prepare import Data
+from train import load_model
 
 
 @dataclass
@@ -36,6 +44,18 @@ class BenchConfig:
     decode: str = "8192,32768"  # cached tokens, one decoded token
     repeats: int = 3
     threads: int = 2
+    gpu: bool = False
+    dry_run: bool = False
+    roofline: bool = False
+    out_dir: str = "out"  # --roofline: folder of a checkpoint whose selections are counted too
+    json: str = ""  # also write the last line to this file
+
+
+GPU = dict(n_head=16, d_head=128, k=2048, lengths="4096,8192,16384,32768,65536,131072", decode="32768,131072", repeats=10)  # its defaults
+DRY = dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, lengths="24,40", decode="70", repeats=1)
+ROOFLINE = dict(n_head=16, d_head=128, k=2048, lengths="4096,32768,131072")
+H100 = {"tensor": 989e12, "MUFU": 132 * 16 * 1.755e9, "L2": 5.5e12, "HBM": 3.35e12}  # bf16 FLOP/s, operations/s, bytes/s;
+# tensor and HBM from NVIDIA's data sheet (SXM), MUFU 16 per SM and clock, L2 from public microbenchmarks
 
 
 def layer(cfg, arm, T):
@@ -91,8 +111,193 @@ def check(cfg):
     return worst
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# --gpu
+
+def layer_inputs(cfg, T, device, dtype, S=None, seed=0):
+    """Random q, k, v, Index and log_tau of a layer with T queries and S keys, gradients on."""
+    g = torch.Generator(device).manual_seed(seed)
+    H, G, d, Hi, di, S = cfg.n_head, cfg.n_kv_head, cfg.d_head, cfg.n_index_head, cfg.d_index, S or T
+    shapes = (T, H, d), (S, G, d), (S, G, d), (T, Hi, di), (S, di), (T, Hi)
+    q, k, v, iq, ik, iw = (torch.randn(1, *s, device=device, dtype=dtype, generator=g).requires_grad_() for s in shapes)
+    ib = torch.zeros(Hi, device=device, dtype=dtype, requires_grad=True)
+    return q, k, v, kernels.Index(iq, ik, iw, ib), torch.tensor(1.4, device=device, requires_grad=True)
+
+
+def gsa_step(backend, q, k, v, index, log_tau, selection):
+    """o, index loss and all gradients, given the selection."""
+    o, lse = kernels.sparse_attention(q, k, v, selection, backend)
+    loss = kernels.index_loss(q, k, lse, index, log_tau, selection, backend)
+    return o, loss, *torch.autograd.grad(o.float().square().sum() + loss, (q, k, v, *index[:4], log_tau))
+
+
+def check_gpu(cfg, device, dtype, T):
+    """The kernels against the eager reference in fp32: errors, relative, and the same of the eager reference in dtype."""
+    q, k, v, index, log_tau = layer_inputs(cfg, T, device, dtype)
+    budget = kernels.Budget("fixed", min(cfg.k, T // 4), 1, cfg.k)
+    wide = lambda x: x.detach().float().requires_grad_()
+    q32, k32, v32, *index32 = map(wide, (q, k, v, *index[:4]))
+    visible = kernels.Visible.causal(T, device=device)
+    selection = kernels.select(index, visible, budget, "triton")
+    scores = kernels.index_scores_eager(kernels.Index(*index32)).masked_fill(~visible.mask(), -torch.inf)
+    earned = selection.mask() & ~torch.eye(T, dtype=torch.bool, device=device)  # a query's own position is not: it is always selected
+    worst = scores.masked_fill(~earned, torch.inf).amin(-1) - scores.masked_fill(selection.mask(), -torch.inf).amax(-1)
+    exact = gsa_step("eager", q32, k32, v32, kernels.Index(*index32), log_tau, selection)
+    errors = {}
+    for name in ("triton", "eager"):
+        got = gsa_step(name, q, k, v, index, log_tau, selection)
+        errors[name] = [((a.float() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(got, exact)]
+    rows = dict(zip("o loss dq dk dv diq dik diw dib dtau".split(), zip(errors["triton"], errors["eager"])))
+    bad = {n: e for n, e in rows.items() if e[0] > 2 * e[1] + 1e-5}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    if bad or (-worst).max() > tolerance:
+        raise UserError(f"the kernels are off: error against fp32, ours and PyTorch's {dtype}: {bad}; selection off by {(-worst).max():.1e}")
+    return rows
+
+
+def clock(cfg, device, f):
+    """Milliseconds per call, one number per repeat."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    f()
+    times = []
+    for _ in range(cfg.repeats):
+        wait()
+        start = time.perf_counter()
+        f()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def gpu(cfg):
+    """Rows of {what, T, dense, gsa, and the stages of gsa}: ms per repeat."""
+    device, dtype = ("cpu", torch.float32) if cfg.dry_run else ("cuda", torch.bfloat16)
+    if not cfg.dry_run and not torch.cuda.is_available():
+        raise UserError("--gpu needs a GPU; --gpu --dry_run runs the same code at toy size on a CPU")
+    name = "CPU, Triton's interpreter" if cfg.dry_run else torch.cuda.get_device_name()
+    errors = check_gpu(cfg, device, dtype, 40 if cfg.dry_run else 1024)
+    print(f"{name}, {dtype}, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, random inputs\n"
+          f"relative error against fp32, ours / PyTorch's: " + ", ".join(f"{n} {a:.1e}/{b:.1e}" for n, (a, b) in errors.items()))
+    print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}  GSA by stage, ms")
+    rows = []
+    for what, T in [(w, int(T)) for w, ts in (("forward", cfg.lengths), ("train", cfg.lengths), ("decode", cfg.decode)) for T in ts.split(",")]:
+        q, k, v, index, log_tau = layer_inputs(cfg, 1 if what == "decode" else T, device, dtype, T)
+        visible = kernels.Visible(torch.full((1, 1), T - 1, device=device), T) if what == "decode" else kernels.Visible.causal(T, device=device)
+        budget = kernels.Budget("inverse", cfg.k, 1, cfg.k, var_avg=torch.tensor(0.1, device=device))
+        selection = kernels.select(index, visible, budget, "triton")
+        selection.lists()
+        train = what == "train"
+        stages = {"select": lambda: kernels.select(index, visible, budget, "triton"), "attend": lambda: kernels.sparse_attention(q, k, v, selection, "triton")}
+        if train:
+            stages["attend + loss, both ways"] = lambda: gsa_step("triton", q, k, v, index, log_tau, selection)
+
+        def dense():
+            with torch.set_grad_enabled(train):
+                o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=what != "decode", enable_gqa=True)
+                if train:
+                    torch.autograd.grad(o.float().square().sum(), (q, k, v))
+
+        def whole():
+            with torch.set_grad_enabled(train):
+                s = kernels.select(index, visible, budget, "triton")
+                gsa_step("triton", q, k, v, index, log_tau, s) if train else kernels.sparse_attention(q, k, v, s, "triton")
+        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), stages={n: clock(cfg, device, f) for n, f in stages.items()})
+        median = statistics.median
+        row["speedup"] = median(row["dense"]) / median(row["gsa"])
+        rows.append(row)
+        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×  "
+              + ", ".join(f"{n} {median(ms):.3f}" for n, ms in row["stages"].items()), flush=True)
+    return dict(device=name, errors=errors, rows=rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# --roofline
+
+def random_index(cfg, L):
+    g = torch.Generator().manual_seed(0)
+    q, k, w = (torch.randn(1, L, *s, generator=g) for s in ((cfg.n_index_head, cfg.d_index), (cfg.d_index,), (cfg.n_index_head,)))
+    return kernels.Index(q, k, w.sigmoid(), torch.zeros(cfg.n_index_head))
+
+
+def checkpoint_indices(cfg, L):
+    """The Index of every layer of the checkpoint over L tokens of its validation text, its context stretched to L if that is longer."""
+    _, checkpoint = load_model(cfg.out_dir)
+    model = GSA(GSAConfig(**checkpoint["model_config"] | dict(block_size=L)))
+    model.load_state_dict(checkpoint["model"])
+    data, found = Data(checkpoint["config"]["data"]), []
+    for block in model.eval().blocks:
+        block.attn.indexer.register_forward_hook(lambda module, args, out: found.append(out))
+    with torch.no_grad():
+        model.trunk(torch.from_numpy(data.val[:L].astype("int64"))[None])
+    return found
+
+
+def unions(index, k, sizes=(8, 16, 32, 64)):
+    """Mean number of keys in the union of as many neighbouring queries, for each of `sizes`, and mean k_t; from 8 places along the text."""
+    L = index.q.size(1)
+    counts = {n: [] for n in sizes}
+    for end in torch.linspace(L / 8, L, 8).long().tolist():
+        part = index._replace(q=index.q[:, end - 64:end], w=index.w[:, end - 64:end], k=index.k[:, :end])
+        mask = kernels.select(part, kernels.Visible(torch.arange(end - 64, end)[None], end), kernels.Budget("fixed", k, 1, k)).mask()[0]
+        for n in sizes:
+            counts[n].append(mask.view(64 // n, n, end).any(1).sum(-1).float().mean().item())
+        counts.setdefault("k", []).append(mask.sum(-1).float().mean().item())
+    return {n: statistics.mean(c) for n, c in counts.items()}
+
+
+def bounds(cfg, L, union):
+    """{stage: {resource: seconds}}: what each stage of a layer must compute and move, over what an H100 can at most."""
+    H, G, d, Hi, di = cfg.n_head, cfg.n_kv_head, cfg.d_head, cfg.n_index_head, cfg.d_index
+    pairs, tiles, U, TQ = L * L / 2, L / kernels.TQ, union[kernels.TQ], kernels.TQ
+    gather, product, student = tiles * U * 2 * G * d * 2, tiles * U * TQ * H * d * 2, tiles * U * TQ * Hi
+    work = {
+        "dense attention": {"tensor": 4 * pairs * H * d, "MUFU": pairs * H},
+        "scores": {"tensor": 2 * pairs * Hi * di, "MUFU": pairs * Hi, "L2": 4 * pairs},
+        "select": {"L2": 6 * 4 * pairs},  # two walks for the variance, three for the radix search, one to emit
+        "pack": {"HBM": 4 * 4 * tiles * L},  # zeros, scatter, two passes of nonzero
+        "attend": {"tensor": 2 * product, "MUFU": tiles * U * TQ * H, "L2": gather + 8 * tiles * U},
+        "attend backward": {"tensor": 5 * product, "MUFU": tiles * U * TQ * H, "L2": gather, "HBM": 2 * tiles * U * 2 * G * d * 4},
+        "index loss": {"tensor": product + 8 * student * di, "MUFU": tiles * U * TQ * H + 2 * student, "L2": gather / 2, "HBM": 2 * tiles * U * di * 4}}
+    return {stage: {r: n / H100[r] for r, n in w.items()} for stage, w in work.items()}
+
+
+def roofline(cfg):
+    rows = []
+    print(f"Lower bounds for one layer on an H100, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index}, batch 1, bf16: operations and\n"
+          "bytes counted from real selections over the chip's peak rates. Not one of these numbers is a measured speed.")
+    for L in map(int, cfg.lengths.split(",")):
+        k, sources = min(cfg.k, L // 8), [("random keys", random_index(cfg, L))]
+        if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) and L <= 32768:  # a forward pass over more takes too long on a CPU
+            sources += [(f"{cfg.out_dir}, layer {i}", index) for i, index in enumerate(checkpoint_indices(cfg, L))]
+        for source, index in sources:
+            union = unions(index, k)
+            times = bounds(cfg, L, union)
+            rows.append(dict(L=L, k=k, source=source, union=union, seconds=times))
+            print(f"\nL {L:,}, k {k}, {source}: union of 8, 16, 32, 64 queries / k: " + ", ".join(f"{union[n] / union['k']:.2f}" for n in (8, 16, 32, 64)))
+            for stage, by in times.items():
+                binding = max(by, key=by.get)
+                print(f"  {stage:<16} ≥ {1e3 * by[binding]:8.3f} ms ({binding})   " + ", ".join(f"{r} {1e3 * t:.3f}" for r, t in by.items()), flush=True)
+            forward = sum(max(times[s].values()) for s in ("scores", "select", "pack", "attend"))
+            print(f"  forward          ≥ {1e3 * forward:8.3f} ms, dense / this: at most {max(times['dense attention'].values()) / forward:.1f}")
+    return dict(rows=rows)
+
+
 def main(argv):
-    cfg = BenchConfig(**parse(BenchConfig, argv))
+    given = parse(BenchConfig, argv)
+    defaults = (GPU if given.get("gpu") else {}) | (DRY if given.get("dry_run") else {}) | (ROOFLINE if given.get("roofline") else {})
+    cfg = BenchConfig(**defaults | given)
+    if cfg.dry_run and not kernels.INTERPRET:  # Triton reads the variable when it is imported: start again with it
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
+    report = gpu(cfg) if cfg.gpu else roofline(cfg) if cfg.roofline else cpu(cfg)
+    line = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, **report))
+    print(line)
+    if cfg.json:
+        with open(cfg.json, "w") as f:
+            f.write(line + "\n")
+
+
+def cpu(cfg):
+    """Rows of {what, T, dense, gsa}, each {ms, peak_mb}, and the ratios."""
     try:
         cases = [(w, int(T)) for w, list_ in (("forward", cfg.lengths), ("train", cfg.lengths), ("decode", cfg.decode)) for T in list_.split(",")]
         layer(cfg, "gsa", 8)
@@ -113,7 +318,7 @@ def main(argv):
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
         print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
               f"{result['gsa']['peak_mb']:9.0f} {rows[-1]['memory']:6.2f}×", flush=True)
-    print(json.dumps(dict(config=asdict(cfg), machine=platform.processor() or platform.machine(), torch=torch.__version__, rows=rows)))
+    return dict(machine=platform.processor() or platform.machine(), rows=rows)
 
 
 if __name__ == "__main__":

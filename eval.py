@@ -39,7 +39,7 @@ class EvalConfig:
     # system
     batch_size: int = 10
     device: str = ""  # default: cuda if there is one, else cpu
-    backend: str = "torch"
+    backend: str = "auto"  # path of kernels.py
     plot: bool = True
 
 
@@ -80,7 +80,7 @@ def haystack(ids, tokenizer):
     """The validation documents that hold no pass-key, one after the other without separators: 1-D array of ids."""
     ends = np.flatnonzero(ids == tokenizer.separator)
     docs = [ids[a:b] for a, b in zip(np.append(0, ends[:-1] + 1), ends)]
-    docs = [d for d in docs if not re.search(r"^key [A-Z]{2}=", tokenizer.decode(d[:4000]), re.M)]
+    docs = [d for d in docs if not re.search(r"^[A-Z]{2}=[a-z0-9]{4}$", tokenizer.decode(d[:4000]), re.M)]
     return np.concatenate(docs) if docs else ids[:0]
 
 

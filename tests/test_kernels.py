@@ -1,12 +1,15 @@
 """The tiled path against the eager reference, and the reference against SPEC-level loops, on random shapes."""
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
+from conftest import COMPILING, ROOT
 from kernels import Budget, Index, Selection, Visible
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
@@ -80,26 +83,27 @@ def test_reference_follows_the_definition(seed, docs):
             assert set(chosen.mask()[b, t].nonzero()[:, 0].tolist()) == forced | set(rest[:k - len(forced)])
 
 
-@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("route", ["tiles", "queries", "everything"])
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seed", range(8))
-def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, everything):
+def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route, monkeypatch):
+    monkeypatch.setattr(kernels, "GATHER", 0 if route == "queries" else 5)
     q, k, v, index, visible, budget = make(200 + seed, dtype, docs=docs)
     log_tau = torch.tensor(1.3, dtype=dtype)
-    selection = Selection.everything(visible, len(q)) if everything else kernels.select(index, visible, budget)
+    selection = Selection.everything(visible, len(q)) if route == "everything" else kernels.select(index, visible, budget)
     leaves = [x.requires_grad_() for x in (q, k, v, *index[:4], log_tau)]
     grads = {}
     direction = torch.randn_like(q)
     for backend in ("torch", "eager"):
         o, lse = kernels.sparse_attention(q, k, v, selection, backend)
-        loss = kernels.index_loss(q, k, index, log_tau, selection, backend)
+        loss = kernels.index_loss(q, k, lse, index, log_tau, selection, backend)
         grads[backend] = [o, lse, loss, *torch.autograd.grad((o * direction).sum() + 3 * loss, leaves, allow_unused=True)]
     for a, b in zip(grads["torch"], grads["eager"]):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_gathered_tiles_equal_contiguous_ones():
+def test_gathered_tiles_equal_contiguous_ones(monkeypatch):
     """Queries that agree on few keys take the gathering route; the result is that of the reference."""
     B, T, G, d = 2, 300, 2, 8
     torch.manual_seed(3)
@@ -107,8 +111,9 @@ def test_gathered_tiles_equal_contiguous_ones():
     index = Index(*(torch.zeros(B, T, *s, dtype=torch.float64) for s in ((1, 2), (2,), (1,))), torch.zeros(1, dtype=torch.float64))
     index.q[..., 0], index.k[..., 0], index.w[:] = 1, torch.randn(B, T), 1  # every query ranks the keys alike
     selection = kernels.select(index, Visible.causal(T), Budget("fixed", 6, 1, 6))
-    keys, bias = selection.union(selection.visible.tiles[16])
-    assert keys is not None and keys.size(1) < 50 and (keys.diff(dim=1) > 0).all()
+    monkeypatch.setattr(kernels, "GATHER", 1000)
+    job = list(selection.jobs(torch.float64))[16]
+    assert job.groups == B and job.keys.size(1) < 50 and (job.keys.diff(dim=1) > 0).all()
     outputs = []
     for backend in ("torch", "eager"):
         o, _ = kernels.sparse_attention(q, k, v, selection, backend)
@@ -124,7 +129,8 @@ def test_gradients_are_derivatives():
     assert torch.autograd.gradcheck(lambda *x: kernels.sparse_attention(*x, selection)[0], leaves)
     index = index._replace(activation="sigmoid")
     student = [x.requires_grad_() for x in (*index[:4], torch.tensor(1.0, dtype=torch.float64))]
-    loss = lambda iq, ik, iw, ib, tau: kernels.index_loss(q, k, Index(iq, ik, iw, ib), tau, selection)
+    lse = kernels.sparse_attention(q, k, v, selection)[1]
+    loss = lambda iq, ik, iw, ib, tau: kernels.index_loss(q, k, lse, Index(iq, ik, iw, ib), tau, selection)
     assert torch.autograd.gradcheck(loss, student)
 
 
@@ -177,11 +183,27 @@ def test_bfloat16_error_is_that_of_the_dtype():
     assert tiled <= 2 * plain
 
 
-@pytest.mark.parametrize("call", [
-    lambda q, k, v, i, vis, b: kernels.select(i, vis, b, backend="triton"),
-    lambda q, k, v, i, vis, b: kernels.select(i, vis, b._replace(rule="none")),
-    lambda q, k, v, i, vis, b: kernels.sparse_attention(q, k[:, :, :1].expand(-1, -1, q.size(2) + 1, -1), v, None),
+@pytest.mark.parametrize("call,message", [
+    (lambda q, k, v, i, vis, b: kernels.select(i, vis, b, "cuda"), "backend 'cuda' is not one of"),
+    (lambda q, k, v, i, vis, b: kernels.select(i, vis, b, "triton"), "index_q is torch.float64"),
+    (lambda q, k, v, i, vis, b: kernels.select(i._replace(k=i.k[:, 1:]), vis, b), "index_k has shape"),
+    (lambda q, k, v, i, vis, b: kernels.select(i._replace(k=i.k.float()), vis, b), "index_k is torch.float32, index_q is torch.float64"),
+    (lambda q, k, v, i, vis, b: kernels.select(i, Visible.causal(3), b), "index_k has shape"),
+    (lambda q, k, v, i, vis, b: kernels.select(i, vis, b._replace(rule="none")), "k_rule 'none'"),
+    (lambda q, k, v, i, vis, b: kernels.sparse_attention(q[0], k, v, vis), "q has shape"),
+    (lambda q, k, v, i, vis, b: kernels.sparse_attention(q, k, v[..., 1:], vis), "v has shape"),
+    (lambda q, k, v, i, vis, b: kernels.sparse_attention(q, k.to("meta"), v, vis), "k is on meta"),
+    (lambda q, k, v, i, vis, b: kernels.sparse_attention(q, *[torch.zeros(*k.shape[:2], q.size(2) + 1, k.size(3), dtype=k.dtype)] * 2, vis), "not a multiple of"),
+    (lambda q, k, v, i, vis, b: kernels.sparse_attention(*(torch.zeros(*x.shape[:3], 300) for x in (q, k, v)), vis, "triton"), "heads of width 300"),
+    (lambda q, k, v, i, vis, b: kernels.index_loss(q, k, q, i, torch.tensor(1.0), vis), "lse has shape"),
 ])
-def test_bad_input_raises(call):
-    with pytest.raises(ValueError):
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
         call(*make(16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_triton_without_gpu_or_interpreter_says_so():
+    code = "import torch, kernels; kernels.check_backend('triton', torch.empty(1))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=COMPILING, capture_output=True, text=True)
+    assert done.returncode and "needs a GPU" in done.stderr and "TRITON_INTERPRET=1" in done.stderr

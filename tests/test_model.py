@@ -309,7 +309,7 @@ def test_impossible_configs_raise(dims):
 
 def test_impossible_calls_raise():
     model = build("gsa")
-    for call in (lambda: GSAConfig.arm("sparser"), lambda: GSA(model.config, "triton"), lambda: model(tokens(1, 161)),
+    for call in (lambda: GSAConfig.arm("sparser"), lambda: GSA(model.config, "cuda"), lambda: model(tokens(1, 161)),
                  lambda: model.generate([tokens(1, 161)[0]], 1), lambda: model.generate([tokens(1, 0)[0]], 1)):
         with pytest.raises(ValueError):
             call()

@@ -240,7 +240,10 @@ class Attention(nn.Module):
             index = self.indexer(h, pos)
             if cache is not None:
                 index = index._replace(k=cache.write(cache.k_index[layer], at, index.k))
-            selection = kernels.select(index, visible, self.indexer.budget(), kernel)  # Eqs. 7, 8
+            budget = self.indexer.budget()
+            if warmup and not want_stats:
+                budget = budget._replace(k_min=1, k_max=1)  # only Var_t is used: spare the top-k
+            selection = kernels.select(index, visible, budget, kernel)  # Eqs. 7, 8
             if self.training:
                 self.indexer.var_seen += torch.stack((selection.var.mean(), torch.ones_like(selection.var[0, 0]))).float()
             attended = kernels.Selection.everything(visible, B) if warmup else selection

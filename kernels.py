@@ -37,7 +37,7 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
-GATHER = 5  # a tile that sees more than GATHER·k keys works query by query: a gathered key costs about as much as 5 in place
+GATHER = 8  # a tile that sees more than GATHER·k keys works query by query: a gathered key costs as much as 5 to 10 in place
 TQ = 16  # queries per tile of the Triton path, at most 32
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
 PARTIAL_BYTES = 256 << 20  # of the gradients that wait to be summed
@@ -738,7 +738,7 @@ def _logits(q_rows, k, bias):
 
 
 class _SparseAttention(torch.autograd.Function):
-    """A job holds whole rows of P, so the backward pass recomputes P from the LSE and keeps nothing of size T·k."""
+    """A job holds whole rows of P, so the backward pass recomputes P by softmax and keeps nothing of size T·k."""
 
     @staticmethod
     def forward(ctx, q, k, v, selection):
@@ -752,22 +752,22 @@ class _SparseAttention(torch.autograd.Function):
             l = s.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # LSE, from the largest term
             job.store(o, _unrows(p.to(v.dtype) @ job.take(v), tq))
             job.store(lse, _unrows(l, tq)[..., 0])
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o)
         ctx.selection = selection
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, _):
-        q, k, v, o, lse = ctx.saved_tensors
-        G, scale, dtype = k.size(2), 1 / math.sqrt(q.size(-1)), lse.dtype
+        q, k, v, o = ctx.saved_tensors
+        G, scale, dtype = k.size(2), 1 / math.sqrt(q.size(-1)), torch.promote_types(q.dtype, torch.float32)
         delta = (do.to(dtype) * o).sum(-1)  # (B, T, H), Σ_s P·dP
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, device=x.device, dtype=dtype) for x in (k, v))
         for job in ctx.selection.jobs(dtype):
-            q_t, do_t, lse_t, delta_t = (_rows(job.pick(x), G) for x in (q, do, lse, delta))  # (groups, G, R·tq, d or 1)
+            q_t, do_t, delta_t = (_rows(job.pick(x), G) for x in (q, do, delta))  # (groups, G, R·tq, d or 1)
             k_t, v_t = job.take(k), job.take(v)  # (groups, G, U, d)
-            p = _logits(q_t, k_t, job.bias).sub_(lse_t).exp_()
+            p = _logits(q_t, k_t, job.bias).softmax(-1)  # exp of HIDDEN - LSE is several times slower on a CPU
             ds = (do_t @ v_t.transpose(2, 3)).to(dtype).sub_(delta_t).mul_(p).mul_(scale).to(q.dtype)
             job.store(dq, _unrows(ds @ k_t, job.bias.size(1)))
             job.put(dk, (ds.transpose(2, 3) @ q_t).to(dtype))
@@ -1010,14 +1010,14 @@ class _IndexLoss(torch.autograd.Function):
     """The loss is a scalar, so its gradients are computed in the same pass over the tiles and only scaled in backward."""
 
     @staticmethod
-    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, lse, selection):
+    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection):
         B, T, Hi, di = iq.shape
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
         for job in selection.jobs(iq.dtype):
             bias, q_t, w_t = job.bias, job.pick(iq), job.pick(iw)  # (groups, tq, Hi, di), (groups, tq, Hi)
-            p = _logits(_rows(job.pick(q), G), job.take(k), bias).sub_(_rows(job.pick(lse), G)).exp_()
+            p = _logits(_rows(job.pick(q), G), job.take(k), bias).softmax(-1)
             p = p.view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)
             k_t = job.take(ik[:, :, None])[:, 0]  # (groups, U, di)
             acts, scores = [], 0
@@ -1049,7 +1049,7 @@ class _IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 5
+        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 4
 
 
 _index_loss_tiled = torch.compiler.disable(_IndexLoss.apply)
@@ -1200,7 +1200,7 @@ def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
         if backend == "triton":
             tensors = (x.contiguous() for x in (q.detach(), k.detach(), lse, *index[:4], log_tau))
             return _index_loss(*tensors, *selection.lists(), selection.visible.pos, selection.visible.start, index.activation)[0]
-        return _index_loss_tiled(*index[:4], log_tau, index.activation, q.detach(), k.detach(), lse, selection)
+        return _index_loss_tiled(*index[:4], log_tau, index.activation, q.detach(), k.detach(), selection)
 
 
 # ----------------------------------------------------------------------------------------------------------------

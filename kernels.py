@@ -182,12 +182,15 @@ class Job(NamedTuple):
         out = out[:, self.queries]
         out.copy_(x.reshape(out.shape))
 
+    def rows(self, G):
+        """Where the job's keys stand among all B·S·G rows of d numbers: (groups, G, U)."""
+        return self.keys[:, None] * G + torch.arange(G, device=self.keys.device)[:, None]
+
     def take(self, x):
         """The job's keys: (B, S, G, d) -> (groups, G, U, d)."""
         if isinstance(self.keys, slice):
             return x[:, self.keys].transpose(1, 2)
-        B, S, G, d = x.shape
-        rows = self.keys[:, None] * G + torch.arange(G, device=x.device)[:, None]  # (groups, G, U)
+        rows, d = self.rows(x.size(2)), x.size(3)
         return x.reshape(-1, d).index_select(0, rows.flatten()).view(*rows.shape, d)
 
     def put(self, grad, x):
@@ -195,9 +198,8 @@ class Job(NamedTuple):
         if isinstance(self.keys, slice):
             grad[:, self.keys] += x.transpose(1, 2)
         else:
-            B, S, G, d = grad.shape
-            rows = self.keys[:, None] * G + torch.arange(G, device=x.device)[:, None]
-            grad.view(-1, d).index_add_(0, rows.flatten(), x.reshape(-1, d))
+            d = grad.size(3)
+            grad.view(-1, d).index_add_(0, self.rows(grad.size(2)).flatten(), x.reshape(-1, d))
 
 
 @dataclass
@@ -699,7 +701,7 @@ def select(index, visible, budget, backend="auto"):
         tensors = (x.contiguous() for x in index[:4])
         width = min(budget.widest, visible.n_keys)
         k, indices, var = _select(*tensors, index.activation, visible.pos, visible.start, *budget, width)
-        return Selection(visible, k, indices, var, _pack(indices, visible.n_keys))
+        return Selection(visible, k, indices, var)
     mask, k, var = select_eager(index, visible, budget)
     order = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :int(k.max())]
     picked = torch.arange(order.size(-1), device=k.device) < k[..., None]

@@ -1,34 +1,43 @@
 """
-Time and peak memory of one GSA layer beside the dense layer of the same shape, as ratios within one run.
+Time and peak memory of GSA beside dense attention (SDPA) of the same shape, as ratios within one run.
 
     python bench.py                      # on a CPU: the PyTorch path
-    python bench.py --lengths=2048,8192 --n_head=16 --n_kv_head=4 --d_head=128
+    python bench.py --n_head=16 --d_head=128 --forward=4096,16384,32768 --train=16384 --decode=32768 --layer=
     python bench.py --gpu                # on a GPU: the Triton kernels, checked against fp32, then timed
     python bench.py --gpu --dry_run      # the same code at toy size on a CPU, in Triton's interpreter
     python bench.py --roofline           # bounds for an H100, counted from real selections: no GPU needed, no speed claimed
+    python bench.py --data               # prepare.py beside its ceiling and the usual way
 
-Training step (forward, index loss, backward), forward alone, and one decoded token against a cache. On a CPU every case runs
-in a process of its own, so that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own; the
-two arms alternate. Inputs are random, which is the worst case for the union of a tile's keys. The last line is JSON.
+forward: selection and attention. train: the same with the index loss and all gradients. decode: one token against a cache.
+layer: a training step of a whole layer, projections and gates included. On a CPU every case runs in a process of its own, so
+that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own. Inputs are random, which is the worst
+case for what neighbouring queries share. The last line is JSON.
 """
+import glob
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import kernels
 from configurator import UserError, parse, run
-from model import GSA, GSAConfig, KVCache
-from prepare import Data
+from model import GSA, GSAConfig
+from prepare import Data, Tokenizer
 from train import load_model
 
 
@@ -40,79 +49,29 @@ class BenchConfig:
     n_index_head: int = 4
     d_index: int = 64
     k: int = 512  # keys per query
-    lengths: str = "2048,4096,8192,16384"  # tokens, forward and training step
-    decode: str = "8192,32768"  # cached tokens, one decoded token
+    forward: str = "2048,4096,8192,16384"  # tokens; "" = none
+    train: str = "2048,4096,8192,16384"
+    decode: str = "8192,32768"  # cached tokens
+    layer: str = "8192"
     repeats: int = 3
     threads: int = 2
     gpu: bool = False
     dry_run: bool = False
     roofline: bool = False
+    data: bool = False
+    tokenizer: str = "gpt2"  # --data
+    megabytes: int = 256  # --data: of text; bytes are measured on 1000
     out_dir: str = "out"  # --roofline: folder of a checkpoint whose selections are counted too
     json: str = ""  # also write the last line to this file
 
 
-GPU = dict(n_head=16, d_head=128, k=2048, lengths="4096,8192,16384,32768,65536,131072", decode="32768,131072", repeats=10)  # its defaults
-DRY = dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, lengths="24,40", decode="70", repeats=1)
-ROOFLINE = dict(n_head=16, d_head=128, k=2048, lengths="4096,32768,131072")
+GPU = dict(n_head=16, d_head=128, k=2048, repeats=10, decode="32768,131072",  # its defaults
+           forward="4096,8192,16384,32768,65536,131072", train="4096,8192,16384,32768,65536,131072")
+DRY = dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, forward="24,40", train="24,40", decode="70", repeats=1)
+ROOFLINE = dict(n_head=16, d_head=128, k=2048, forward="4096,32768,131072")
 H100 = {"tensor": 989e12, "MUFU": 132 * 16 * 1.755e9, "L2": 5.5e12, "HBM": 3.35e12}  # bf16 FLOP/s, operations/s, bytes/s;
 # tensor and HBM from NVIDIA's data sheet (SXM), MUFU 16 per SM and clock, L2 from public microbenchmarks
 
-
-def layer(cfg, arm, T):
-    """One attention layer of the arm, randomly initialised as in training."""
-    config = GSAConfig.arm(arm, vocab_size=64, block_size=T + 1, n_layer=1, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head,
-                           n_embd=cfg.n_head * cfg.d_head, n_index_head=cfg.n_index_head, d_index=cfg.d_index,
-                           k_base=cfg.k, k_min=min(128, cfg.k), k_max=cfg.k)
-    torch.manual_seed(0)
-    return config, GSA(config).blocks[0].attn
-
-
-def measure(cfg, arm, what, T):
-    """{"ms": [per repeat], "peak_mb"} of one case, in this process. what: train | forward | decode."""
-    torch.set_num_threads(cfg.threads)
-    config, attn = layer(cfg, arm, T)
-    attn.train(what == "train")
-    if what == "decode":
-        cache = KVCache(config, 1, T + 1)
-        for buffer in cache.k + cache.v + (cache.k_index if config.sparse else []):
-            buffer.normal_()
-        h, visible = torch.randn(1, 1, config.n_embd), kernels.Visible(torch.tensor([[T]]), T + 1)
-    else:
-        cache, h, visible = None, torch.randn(1, T, config.n_embd), kernels.Visible.causal(T)
-
-    def once():
-        with torch.set_grad_enabled(what == "train"):
-            o, index_loss, _ = attn(h, visible, cache=cache, want_loss=what == "train")
-            if what == "train":
-                (o.square().mean() + (index_loss if config.sparse else 0)).backward()
-    once()
-    times = []
-    for _ in range(cfg.repeats if what != "decode" else 10 * cfg.repeats):
-        start = time.perf_counter()
-        once()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": times, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-
-
-def check(cfg):
-    """The tiled path against the eager reference at a small size, before anything is timed."""
-    config, attn = layer(cfg, "gsa", 300)
-    h, visible = torch.randn(2, 300, config.n_embd), kernels.Visible.causal(300)
-    outputs = []
-    for backend in ("torch", "eager"):
-        attn.backend = backend
-        attn.zero_grad()
-        o, loss, _ = attn(h, visible, want_loss=True)
-        (o.sum() + loss).backward()
-        outputs.append([o, loss] + [p.grad for p in attn.parameters()])
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*outputs))
-    if worst > 1e-4:
-        raise UserError(f"the tiled path is off the eager reference by {worst:.1e}: nothing was timed")
-    return worst
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# --gpu
 
 def layer_inputs(cfg, T, device, dtype, S=None, seed=0):
     """Random q, k, v, Index and log_tau of a layer with T queries and S keys, gradients on."""
@@ -130,6 +89,120 @@ def gsa_step(backend, q, k, v, index, log_tau, selection):
     loss = kernels.index_loss(q, k, lse, index, log_tau, selection, backend)
     return o, loss, *torch.autograd.grad(o.float().square().sum() + loss, (q, k, v, *index[:4], log_tau))
 
+
+def case(cfg, what, T, device, dtype, backend):
+    """(dense, gsa, {stage: part of gsa}) as functions to be timed. what: forward | train | decode."""
+    q, k, v, index, log_tau = layer_inputs(cfg, 1 if what == "decode" else T, device, dtype, T)
+    visible = kernels.Visible(torch.full((1, 1), T - 1, device=device), T) if what == "decode" else kernels.Visible.causal(T, device=device)
+    budget = kernels.Budget("inverse", cfg.k, 1, cfg.k, var_avg=torch.tensor(0.1, device=device))
+    train = what == "train"
+
+    def dense():
+        with torch.set_grad_enabled(train):
+            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=what != "decode", enable_gqa=True)
+            if train:
+                torch.autograd.grad(o.float().square().sum(), (q, k, v))
+    select = lambda: kernels.select(index, visible, budget, backend)
+
+    def attend(selection):
+        if train:
+            return gsa_step(backend, q, k, v, index, log_tau, selection)
+        with torch.no_grad():
+            return kernels.sparse_attention(q, k, v, selection, backend)
+
+    def stages():
+        selection = select()
+        selection.lists() if backend == "triton" else None
+        jobs = list(selection.jobs(torch.float32)) if backend == "torch" else []
+        scores = {"scores": lambda: [kernels._tile_scores(index, tile) for tile in visible.tiles]} if backend == "torch" else {}
+        gather = {"gather": lambda: [job.take(x) for job in jobs for x in (k, v)]} if backend == "torch" else {}
+        return {**scores, "select": select, **gather, "attend, loss, backward" if train else "attend": lambda: attend(selection)}
+    return dense, lambda: attend(select()), stages
+
+
+def clock(cfg, device, f):
+    """Milliseconds per call, one number per repeat."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    f()
+    times = []
+    for _ in range(cfg.repeats):
+        wait()
+        start = time.perf_counter()
+        f()
+        wait()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The PyTorch path
+
+def layer(cfg, arm, T):
+    """A training step of one attention layer of the arm, randomly initialised as in training, as a function."""
+    config = GSAConfig.arm(arm, vocab_size=64, block_size=T, n_layer=1, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head,
+                           n_embd=cfg.n_head * cfg.d_head, n_index_head=cfg.n_index_head, d_index=cfg.d_index,
+                           k_base=cfg.k, k_min=min(128, cfg.k), k_max=cfg.k)
+    torch.manual_seed(0)
+    attn, h, visible = GSA(config).blocks[0].attn.train(), torch.randn(1, T, config.n_embd), kernels.Visible.causal(T)
+
+    def step():
+        o, index_loss, _ = attn(h, visible, want_loss=True)
+        (o.square().mean() + (index_loss if config.sparse else 0)).backward()
+    return step
+
+
+def measure(cfg, arm, what, T):
+    """{"ms": [per repeat], "peak_mb", "stages": {stage: ms}} of one case, in this process."""
+    torch.set_num_threads(cfg.threads)
+    dense, gsa, stages = (None, None, dict) if what == "layer" else case(cfg, what, T, "cpu", torch.float32, "torch")
+    f = layer(cfg, arm, T) if what == "layer" else dense if arm == "dense" else gsa
+    ms = [t for _ in range(10 if what == "decode" else 1) for t in clock(cfg, "cpu", f)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"ms": ms, "peak_mb": peak, "stages": {n: statistics.median(clock(cfg, "cpu", g)) for n, g in (stages() if arm == "gsa" else {}).items()}}
+
+
+def check(cfg):
+    """The tiled path against the eager reference at a small size, before anything is timed: the largest relative error."""
+    q, k, v, index, log_tau = layer_inputs(cfg, 300, "cpu", torch.float32)
+    selection = kernels.select(index, kernels.Visible.causal(300), kernels.Budget("inverse", 40, 1, 60, var_avg=torch.tensor(0.1)), "torch")
+    got, exact = (gsa_step(backend, q, k, v, index, log_tau, selection) for backend in ("torch", "eager"))
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact))
+    if worst > 1e-4:
+        raise UserError(f"the tiled path is off the eager reference by {worst:.1e}: nothing was timed")
+    return worst
+
+
+def cpu(cfg):
+    """Rows of {what, T, dense, gsa, stages}, each of the arms {ms, peak_mb}, and the ratios."""
+    try:
+        cases = [(w, int(T)) for w in ("forward", "train", "decode", "layer") for T in getattr(cfg, w).split(",") if T]
+        error = check(cfg)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    print(f"H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, fp32, {cfg.threads} threads, "
+          f"torch {torch.__version__}; checked against eager: relative error {error:.0e}\n"
+          f"{'':8}{'T':>7} {'dense ms (spread)':>22} {'GSA ms (spread)':>22} {'speed-up':>9} {'dense MB':>9} {'GSA MB':>7}  GSA by stage, ms")
+    rows = []
+    for what, T in cases:
+        result = {}
+        for arm in ("dense", "gsa"):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                result[arm] = pool.submit(measure, cfg, arm, what, T).result()
+        ms = {arm: statistics.median(r["ms"]) for arm, r in result.items()}
+        t = result["gsa"]["stages"]
+        stages = t and {"scores": t["scores"], "variance, top-k": t["select"] - t["scores"], "gather": t["gather"],
+                        "attention": t.get("attend", 0) - t["gather"]} | {n: t[n] for n in t if "loss" in n}
+        if "attend, loss, backward" in t:  # these gather too, several times
+            stages.pop("gather"), stages.pop("attention")
+        rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
+        show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
+        print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
+              f"{result['gsa']['peak_mb']:7.0f}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
+    return dict(machine=platform.processor() or platform.machine(), rows=rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# --gpu
 
 def check_gpu(cfg, device, dtype, T):
     """The kernels against the eager reference in fp32: errors, relative, and the same of the eager reference in dtype."""
@@ -155,20 +228,6 @@ def check_gpu(cfg, device, dtype, T):
     return rows
 
 
-def clock(cfg, device, f):
-    """Milliseconds per call, one number per repeat."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    f()
-    times = []
-    for _ in range(cfg.repeats):
-        wait()
-        start = time.perf_counter()
-        f()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
-
-
 def gpu(cfg):
     """Rows of {what, T, dense, gsa, and the stages of gsa}: ms per repeat."""
     device, dtype = ("cpu", torch.float32) if cfg.dry_run else ("cuda", torch.bfloat16)
@@ -180,28 +239,9 @@ def gpu(cfg):
           f"relative error against fp32, ours / PyTorch's: " + ", ".join(f"{n} {a:.1e}/{b:.1e}" for n, (a, b) in errors.items()))
     print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}  GSA by stage, ms")
     rows = []
-    for what, T in [(w, int(T)) for w, ts in (("forward", cfg.lengths), ("train", cfg.lengths), ("decode", cfg.decode)) for T in ts.split(",")]:
-        q, k, v, index, log_tau = layer_inputs(cfg, 1 if what == "decode" else T, device, dtype, T)
-        visible = kernels.Visible(torch.full((1, 1), T - 1, device=device), T) if what == "decode" else kernels.Visible.causal(T, device=device)
-        budget = kernels.Budget("inverse", cfg.k, 1, cfg.k, var_avg=torch.tensor(0.1, device=device))
-        selection = kernels.select(index, visible, budget, "triton")
-        selection.lists()
-        train = what == "train"
-        stages = {"select": lambda: kernels.select(index, visible, budget, "triton"), "attend": lambda: kernels.sparse_attention(q, k, v, selection, "triton")}
-        if train:
-            stages["attend + loss, both ways"] = lambda: gsa_step("triton", q, k, v, index, log_tau, selection)
-
-        def dense():
-            with torch.set_grad_enabled(train):
-                o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=what != "decode", enable_gqa=True)
-                if train:
-                    torch.autograd.grad(o.float().square().sum(), (q, k, v))
-
-        def whole():
-            with torch.set_grad_enabled(train):
-                s = kernels.select(index, visible, budget, "triton")
-                gsa_step("triton", q, k, v, index, log_tau, s) if train else kernels.sparse_attention(q, k, v, s, "triton")
-        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), stages={n: clock(cfg, device, f) for n, f in stages.items()})
+    for what, T in [(w, int(T)) for w in ("forward", "train", "decode") for T in getattr(cfg, w).split(",") if T]:
+        dense, whole, stages = case(cfg, what, T, device, dtype, "triton")
+        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), stages={n: clock(cfg, device, f) for n, f in stages().items()})
         median = statistics.median
         row["speedup"] = median(row["dense"]) / median(row["gsa"])
         rows.append(row)
@@ -265,7 +305,7 @@ def roofline(cfg):
     rows = []
     print(f"Lower bounds for one layer on an H100, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index}, batch 1, bf16: operations and\n"
           "bytes counted from real selections over the chip's peak rates. Not one of these numbers is a measured speed.")
-    for L in map(int, cfg.lengths.split(",")):
+    for L in map(int, cfg.forward.split(",")):
         k, sources = min(cfg.k, L // 8), [("random keys", random_index(cfg, L))]
         if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) and L <= 32768:  # a forward pass over more takes too long on a CPU
             sources += [(f"{cfg.out_dir}, layer {i}", index) for i, index in enumerate(checkpoint_indices(cfg, L))]
@@ -282,43 +322,119 @@ def roofline(cfg):
     return dict(rows=rows)
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# --data
+
+def real_text(path, size):
+    """JSON lines of about `size` bytes of text: the Python files of this installation, each once, then from the front again. Bytes of them all."""
+    found = {}
+    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for file in sorted(glob.glob(root + "/**/*.py", recursive=True)):
+            with open(file, encoding="utf-8", errors="ignore") as f:
+                found.setdefault(f.read())
+    written = 0
+    with open(path, "w") as f:
+        for text in itertools.cycle(t for t in found if t):
+            f.write(json.dumps({"text": text}) + "\n")
+            written += len(text.encode())
+            if written >= size:
+                return sum(len(t.encode()) for t in found)
+
+
+def encode_bare(path, tokenizer, part, parts, start):
+    """(bytes, seconds): every parts-th document of path through encode_to_numpy and nothing else, from the moment when all are ready."""
+    encoding, texts = Tokenizer(tokenizer).enc, [json.loads(line)["text"] for line in itertools.islice(open(path), part, None, parts)]
+    start.wait()
+    began = time.perf_counter()
+    for text in texts:
+        encoding.encode_to_numpy(text, disallowed_special=())
+    return sum(len(t.encode()) for t in texts), time.perf_counter() - began
+
+
+def usual_way(path, tokenizer, num_proc, folder):
+    """nanoGPT's: datasets.map, then all ids one after the other into a memmap."""
+    import datasets
+    datasets.disable_progress_bars()
+    encoder = Tokenizer(tokenizer)
+
+    def encode(row):
+        ids = encoder.enc.encode_ordinary(row["text"]) + [encoder.separator]
+        return {"ids": ids, "len": len(ids)}
+    data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=folder).map(encode, remove_columns=["text"], num_proc=num_proc)
+    out = np.memmap(os.path.join(folder, "train.bin"), dtype=encoder.dtype, mode="w+", shape=(sum(data["len"]),))
+    at = 0
+    for i in range(n := min(1024, len(data))):
+        batch = np.concatenate(data.shard(n, i, contiguous=True).with_format("numpy")["ids"])
+        out[at:at + len(batch)] = batch
+        at += len(batch)
+    out.flush()
+
+
+def data(cfg):
+    """Rows of {what, seconds, mb_per_s, peak_mb}; peak_mb of all processes together."""
+    rows, n = [], cfg.threads
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Manager() as manager:
+        text, large = os.path.join(folder, "text.jsonl"), os.path.join(folder, "large.jsonl")
+        unique = real_text(text, cfg.megabytes * 10**6)
+        print(f"{cfg.megabytes} MB of Python source ({unique / 1e6:.0f} MB of it different), {n} processes, tokenizer {cfg.tokenizer}")
+
+        def row(what, size, seconds, peak):
+            rows.append(dict(what=what, seconds=seconds, mb_per_s=size / seconds / 1e6, peak_mb=peak))
+            print(f"{what:40}{seconds:8.1f} s{size / seconds / 1e6:8.1f} MB/s" + f"{peak:8.0f} MB of memory" * bool(peak), flush=True)
+
+        def prepare(what, source, tokenizer, megabytes):
+            args = [f"--dataset={source}", f"--tokenizer={tokenizer}", f"--num_proc={n}", "--name=d", f"--data_dir={folder}"]
+            began = time.perf_counter()
+            process = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), *args],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, resident(process.pid))
+                time.sleep(0.05)
+            if process.returncode:
+                raise UserError(process.stderr.read().strip().splitlines()[-1])
+            row(what, megabytes * 10**6, time.perf_counter() - began, peak)
+            shutil.rmtree(os.path.join(folder, "d"))
+        start = manager.Barrier(n)
+        with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
+            bare = list(pool.map(encode_bare, *zip(*[(text, cfg.tokenizer, i, n, start) for i in range(n)])))
+        row("ceiling: encode_to_numpy alone", sum(b for b, _ in bare), max(t for _, t in bare), 0)
+        prepare(f"prepare.py, {cfg.tokenizer}", text, cfg.tokenizer, cfg.megabytes)
+        began = time.perf_counter()
+        usual_way(text, cfg.tokenizer, n, folder)
+        row("datasets.map, then a memmap", cfg.megabytes * 10**6, time.perf_counter() - began, 0)
+        real_text(large, 10**9)
+        prepare("prepare.py, bytes, 10^9 of them", large, "bytes", 1000)
+    ratio = rows[1]["mb_per_s"] / rows[0]["mb_per_s"]
+    print(f"prepare.py reaches {ratio:.0%} of the ceiling and {rows[2]['seconds'] / rows[1]['seconds']:.1f} × the speed of the usual way")
+    return dict(rows=rows, of_ceiling=ratio)
+
+
+def resident(pid):
+    """Resident memory of a process and its descendants, MB (Linux)."""
+    total = 0
+    try:
+        with open(f"/proc/{pid}/statm") as f:
+            total = int(f.read().split()[1]) * resource.getpagesize() / 1e6
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            total += sum(resident(int(child)) for child in f.read().split())
+    except OSError:  # it has ended
+        pass
+    return total
+
+
 def main(argv):
     given = parse(BenchConfig, argv)
     defaults = (GPU if given.get("gpu") else {}) | (DRY if given.get("dry_run") else {}) | (ROOFLINE if given.get("roofline") else {})
     cfg = BenchConfig(**defaults | given)
     if cfg.dry_run and not kernels.INTERPRET:  # Triton reads the variable when it is imported: start again with it
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
-    report = gpu(cfg) if cfg.gpu else roofline(cfg) if cfg.roofline else cpu(cfg)
+    report = gpu(cfg) if cfg.gpu else data(cfg) if cfg.data else roofline(cfg) if cfg.roofline else cpu(cfg)
     line = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, **report))
     print(line)
     if cfg.json:
         with open(cfg.json, "w") as f:
             f.write(line + "\n")
-
-
-def cpu(cfg):
-    """Rows of {what, T, dense, gsa}, each {ms, peak_mb}, and the ratios."""
-    try:
-        cases = [(w, int(T)) for w, list_ in (("forward", cfg.lengths), ("train", cfg.lengths), ("decode", cfg.decode)) for T in list_.split(",")]
-        layer(cfg, "gsa", 8)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    error = check(cfg)
-    print(f"one layer, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, fp32, "
-          f"{cfg.threads} threads, torch {torch.__version__}; tiled path checked against eager: relative error {error:.0e}\n"
-          f"{'':8}{'T':>7} {'dense ms (spread)':>22} {'GSA ms (spread)':>22} {'speed-up':>9} {'dense MB':>9} {'GSA MB':>9} {'memory':>7}")
-    rows = []
-    for what, T in cases:
-        result = {}
-        for arm in ("dense", "gsa"):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                result[arm] = pool.submit(measure, cfg, arm, what, T).result()
-        ms = {arm: statistics.median(r["ms"]) for arm, r in result.items()}
-        rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], memory=result["gsa"]["peak_mb"] / result["dense"]["peak_mb"], **result))
-        show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
-        print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
-              f"{result['gsa']['peak_mb']:9.0f} {rows[-1]['memory']:6.2f}×", flush=True)
-    return dict(machine=platform.processor() or platform.machine(), rows=rows)
 
 
 if __name__ == "__main__":

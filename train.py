@@ -51,6 +51,8 @@ class TrainConfig(GSAConfig):
     learning_rate: float = 6e-4
     min_lr: float = 6e-5
     warmup_iters: int = 100  # of the learning rate
+    short_iters: int = 0  # sequence-length warm-up: the first so many steps see windows cut to pieces of short_block tokens
+    short_block: int = 128
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -79,6 +81,8 @@ class TrainConfig(GSAConfig):
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
         if min(self.batch_size, self.grad_accum, self.max_iters, self.log_interval, self.eval_interval) < 1:
             raise ValueError("batch_size, grad_accum, max_iters, log_interval and eval_interval must be positive")
+        if self.short_iters and (self.short_block < 1 or self.block_size % self.short_block):
+            raise ValueError(f"block_size {self.block_size} is not a multiple of short_block {self.short_block}")
 
     def model_config(self, vocab_size):
         return GSAConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GSAConfig)} | {"vocab_size": vocab_size})
@@ -114,22 +118,22 @@ class Batches:
         if self.n < 1:
             raise UserError(f"block_size {block_size} is larger than the data ({len(ids):,} tokens): prepare more, or shorten it")
 
-    def windows(self, starts, device):
-        """idx, targets (B, T) int64 and doc (B, T) or None, for windows starting at these positions."""
+    def windows(self, starts, device, length):
+        """idx, targets (B, T) int64 and doc (B, T) or None, for windows starting at these positions, cut to pieces of `length`."""
         rows = torch.stack([torch.from_numpy(self.ids[s:s + self.T + 1].astype(np.int64)) for s in starts])
         if device.startswith("cuda"):
             rows = rows.pin_memory().to(device, non_blocking=True)
-        idx, targets = rows[:, :-1], rows[:, 1:]
+        idx, targets = (x.reshape(-1, length) for x in (rows[:, :-1], rows[:, 1:]))
         return idx, targets, (idx == self.separator).cumsum(1) if self.doc_mask else None  # a document starts at a separator
 
-    def train(self, m, device):
+    def train(self, m, device, length=None):
         draws = range(m * self.B, (m + 1) * self.B)
-        return self.windows([permute(g % self.n, self.n, self.seed + g // self.n) * self.T for g in draws], device)
+        return self.windows([permute(g % self.n, self.n, self.seed + g // self.n) * self.T for g in draws], device, length or self.T)
 
     def evaluation(self, m, count, device):
         """Micro-batch m of `count`, spread evenly over the data."""
         spread = np.linspace(0, self.n - 1, count * self.B).astype(int)
-        return self.windows([int(w) * self.T for w in spread[m * self.B:(m + 1) * self.B]], device)
+        return self.windows([int(w) * self.T for w in spread[m * self.B:(m + 1) * self.B]], device, self.T)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -275,8 +279,10 @@ def _train(cfg, device, rank, world):
         checkpoint = load_checkpoint(cfg.out_dir, device)
         if checkpoint["model_config"] != asdict(raw.config) or checkpoint["meta"]["tokenizer"] != data.meta["tokenizer"]:
             raise UserError(f"{cfg.out_dir}/ckpt.pt was trained with another model or tokenizer than these settings and {cfg.data}")
+        if len(checkpoint["optimizer"]) != len(optimizers):
+            raise UserError(f"{cfg.out_dir}/ckpt.pt was trained with muon={not cfg.muon}")
         raw.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"], strict=True):
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"]):
             optimizer.load_state_dict(state)
         step = checkpoint["step"]
         del checkpoint
@@ -327,10 +333,11 @@ def _train(cfg, device, rank, world):
         for group in groups:
             frozen = warmup and cfg.retrofit_from and group["name"] != "indexer"  # a retrofitted model first trains its indexer alone
             group["lr"] = 0.0 if frozen else lr * group["lr_mult"]
+        length = cfg.short_block if step < cfg.short_iters else cfg.block_size
         logged = (step + 1) % cfg.log_interval == 0 or step == 0
         sums = torch.zeros(2, device=device)
         for micro in range(local_accum):
-            idx, targets, doc = splits["train"].train(step * cfg.grad_accum + micro * world + rank, device)
+            idx, targets, doc = splits["train"].train(step * cfg.grad_accum + micro * world + rank, device, length)
             if world > 1:
                 model.require_backward_grad_sync = micro == local_accum - 1
             with autocast:
@@ -364,7 +371,7 @@ def _train(cfg, device, rank, world):
                 values |= dict(index_loss=index_loss, phase="warm-up" if warmup else "sparse")
                 values |= {k: out.stats[k].mean().item() for k in ("recall", "k_t")}
             if peak:
-                values["mfu"] = speed * raw.flops_per_token(warmup=warmup) / (peak * world)
+                values["mfu"] = speed * raw.flops_per_token(length, warmup=warmup) / (peak * world)
             say(f"step {step}: " + ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in values.items()), flush=True)
             record("train", **values, seconds=time.time() - began)
     if log:

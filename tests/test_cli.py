@@ -169,7 +169,7 @@ def test_scripts_import_without_triton_or_arguments():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_bench_gpu_dry_run(tmp_path, capsys):
     """Every line of bench.py --gpu but the device: kernels checked, then timed."""
-    bench.main(["--gpu", "--dry_run", "--lengths=20", "--decode=30", f"--json={tmp_path}/b.json"])
+    bench.main(["--gpu", "--dry_run", "--forward=20", "--train=20", "--decode=30", f"--json={tmp_path}/b.json"])
     report = json.loads((tmp_path / "b.json").read_text())
     assert [(r["what"], r["T"]) for r in report["rows"]] == [("forward", 20), ("train", 20), ("decode", 30)]
     assert set(report["errors"]) == set("o loss dq dk dv diq dik diw dib dtau".split())
@@ -177,7 +177,7 @@ def test_bench_gpu_dry_run(tmp_path, capsys):
 
 
 def test_bench_roofline(capsys):
-    bench.main(["--roofline", "--lengths=512", "--out_dir=none"])
+    bench.main(["--roofline", "--forward=512", "--out_dir=none"])
     row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     u = row["union"]
     assert row["source"] == "random keys" and 56 < u["k"] <= 64  # the first of the eight places has fewer keys to choose from

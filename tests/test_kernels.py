@@ -83,12 +83,33 @@ def test_reference_follows_the_definition(seed, docs):
             assert set(chosen.mask()[b, t].nonzero()[:, 0].tolist()) == forced | set(rest[:k - len(forced)])
 
 
-@pytest.mark.parametrize("route", ["tiles", "queries", "everything"])
+def test_top_equals_topk_and_its_bound_is_used():
+    """Among many keys only those above a guessed bound are ranked, whatever the scores; a bad guess falls back on all of them."""
+    torch.manual_seed(0)
+    ranked = []
+    real = torch.Tensor.topk
+    scores = {"random": torch.rand(2, 5, 4000), "half hidden": torch.rand(2, 5, 4000), "ties": torch.rand(2, 5, 4000).mul(50).round(),
+              "misleading": torch.rand(2, 5, 4000), "rising": torch.arange(4000.0).expand(2, 5, -1)}
+    scores["half hidden"][..., 3000:] = kernels.HIDDEN
+    scores["misleading"][..., ::16] += 1  # every sampled key is better than the others
+    for name, x in scores.items():
+        for n in (1, 7, 60):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "topk", lambda self, *args: ranked.append((name, self.size(-1))) or real(self, *args))
+                top, order = kernels._top(x, n)
+            assert torch.equal(top, x.topk(n).values) and torch.equal(x.gather(2, order), top) and order.diff(dim=-1).ne(0).all()
+            assert torch.equal(order.sort(-1).values.diff(dim=-1).gt(0).all(), torch.tensor(True))
+    widest = {name: max(n for other, n in ranked if other == name) for name in scores}
+    assert widest["random"] < 1000 and widest["misleading"] == 4000
+
+
+@pytest.mark.parametrize("route", ["tiles", "queries", "everything", "without flash"])
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seed", range(8))
 def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route, monkeypatch):
     monkeypatch.setattr(kernels, "GATHER", 0 if route == "queries" else 5)
+    monkeypatch.setattr(kernels, "FLASH", route != "without flash")
     q, k, v, index, visible, budget = make(200 + seed, dtype, docs=docs)
     log_tau = torch.tensor(1.3, dtype=dtype)
     selection = Selection.everything(visible, len(q)) if route == "everything" else kernels.select(index, visible, budget)
@@ -101,6 +122,23 @@ def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route,
         grads[backend] = [o, lse, loss, *torch.autograd.grad((o * direction).sum() + 3 * loss, leaves, allow_unused=True)]
     for a, b in zip(grads["torch"], grads["eager"]):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("gather", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_pytorchs(dtype, gather, monkeypatch):
+    """Errors against fp32 at most twice those of the eager reference in the same dtype."""
+    monkeypatch.setattr(kernels, "GATHER", gather)
+    q, k, v, index, visible, budget = make(31, torch.float32, T=80)
+    selection = kernels.select(index, visible, budget)
+    direction, results = torch.randn_like(q), []
+    for kind, backend in ((torch.float32, "eager"), (dtype, "eager"), (dtype, "torch")):
+        leaves = [x.detach().to(kind).requires_grad_() for x in (q, k, v)]
+        o, lse = kernels.sparse_attention(*leaves, selection, backend)
+        assert o.dtype == kind
+        results.append([o, *torch.autograd.grad((o * direction.to(kind)).sum(), leaves)])
+    for exact, reference, ours in zip(*results):
+        assert (ours.float() - exact).norm() <= 2 * (reference.float() - exact).norm()
 
 
 def test_gathered_tiles_equal_contiguous_ones(monkeypatch):

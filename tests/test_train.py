@@ -44,6 +44,18 @@ def log(out_dir, kind="train"):
 
 # ---- batches
 
+def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
+    batches = train.Batches(Data(data).train, 64, 3, 256, seed=5, doc_mask=True)
+    for m in range(20):
+        idx, targets, doc = batches.train(m, "cpu")
+        short = batches.train(m, "cpu", 16)
+        assert all(x.shape == (12, 16) for x in short)
+        assert torch.equal(short[0].view(3, 64), idx) and torch.equal(short[1].view(3, 64), targets)
+        assert torch.equal(short[2].diff(dim=1), doc.diff(dim=1).view(3, -1).new_tensor((idx == 256).view(12, 16)[:, 1:]))
+    with pytest.raises(ValueError, match="not a multiple of short_block"):
+        config(data, tmp_path, short_iters=1, short_block=48)
+
+
 def test_permute_is_a_permutation():
     rng = random.Random(0)
     for _ in range(60):
@@ -85,12 +97,14 @@ def interrupt_at_checkpoint(monkeypatch, cfg):
 
 @pytest.mark.parametrize("arm,muon", [("dense", False), ("gsa", False), ("gsa", True)])
 def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, arm, muon):
-    settings = dict(max_iters=8, eval_interval=3, grad_accum=2, muon=muon)
+    settings = dict(max_iters=8, eval_interval=3, grad_accum=2, muon=muon, short_iters=5, short_block=32)
     train.train(config(data, tmp_path / "whole", arm, **settings))
     interrupt_at_checkpoint(monkeypatch, config(data, tmp_path / "cut", arm, **settings))
     with open(tmp_path / "cut/log.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 4, "loss": 0}\n{"half a line')  # logged after the checkpoint, then the power went
     train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"])
+    with pytest.raises(UserError, match=f"trained with muon={muon}"):
+        train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}", f"--muon={not muon}"])
     keys = ("step", "loss", "index_loss", "recall", "k_t", "lr")
     for kind in ("train", "eval"):
         a, b = ([{k: r[k] for k in keys if k in r} for r in log(tmp_path / d, kind)] for d in ("whole", "cut"))

@@ -1,5 +1,5 @@
 # make demo: prepare, train, evaluate and sample on one CPU.   make test: the tests.   make bench: the benchmarks.
-# Each sets up .venv by itself. DEMO_FLAGS shortens the demo: make demo DEMO_FLAGS="--max_iters=20 --index_warmup_iters=8"
+# Each sets up .venv by itself. DEMO_FLAGS shortens the demo: make demo DEMO_FLAGS="--max_iters=20 --index_warmup_iters=8 --short_iters=4"
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO_OUT ?= out

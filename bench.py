@@ -112,11 +112,21 @@ def case(cfg, what, T, device, dtype, backend):
 
     def stages():
         selection = select()
-        selection.lists() if backend == "triton" else None
-        jobs = list(selection.jobs(torch.float32)) if backend == "torch" else []
-        scores = {"scores": lambda: [kernels._tile_scores(index, tile) for tile in visible.tiles]} if backend == "torch" else {}
-        gather = {"gather": lambda: [job.take(x) for job in jobs for x in (k, v)]} if backend == "torch" else {}
-        return {**scores, "select": select, **gather, "attend, loss, backward" if train else "attend": lambda: attend(selection)}
+        if backend == "triton":
+            selection.lists()
+        own = {"attend, loss, backward" if train else "attend": lambda: attend(selection)}
+        if backend == "triton":
+            return {"select": select, **own}
+
+        def scores():
+            for tile in visible.tiles:
+                kernels._tile_scores(index, tile)
+
+        def gather():
+            take = kernels._take_both(k, v, q.size(1))
+            for job in selection.jobs(torch.float32):
+                take(job)
+        return {"scores": scores, "select": select, "gather": gather, **own}
     return dense, lambda: attend(select()), stages
 
 

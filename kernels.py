@@ -37,7 +37,7 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
-GATHER = 8  # a tile that sees more than GATHER·k keys works query by query: a gathered key costs as much as 5 to 10 in place
+GATHER = 8  # a query's own keys, gathered, cost as much as so many times more in place, shared by a tile of queries
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
 TQ = 16  # queries per tile of the Triton path, at most 32
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -237,34 +237,34 @@ class Selection:
         bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
         return bias[..., :width]
 
-    def jobs(self, dtype):
+    def jobs(self, dtype, together=2):
         """
         The PyTorch path's work, as Jobs: a tile of queries over the union of their keys or, where that is most of what they
-        see, over all of it, masked; or each query over its own keys, where those are few.
+        see, over all of it, masked; or each query over its own keys, where those are few, so many queries to a job.
         """
         B, S = self.budget.size(0), self.visible.n_keys
         first = S * torch.arange(B, device=self.budget.device)[:, None]  # of each sequence, among all B·S keys
         for tile in self.visible.tiles:
             tq, seen, width = tile.t1 - tile.t0, tile.end - tile.begin, 0 if self.indices is None else self.indices.size(-1)
-            if width and (tq == 1 or seen > GATHER * width):
-                step = max(1, 2 // B)  # few enough for their keys to stay in cache
-                for t in range(tile.t0, tile.t1, step):
-                    queries = slice(t, min(t + step, tile.t1))
-                    idx = self.indices[:, queries].long()  # (B, tq, k)
-                    bias = (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN).flatten(0, 1)[:, None]
-                    keys = (idx.clamp(min=0) + first[..., None]).flatten(0, 1)
-                    yield Job(queries, len(keys), keys, bias)
+            if not width or tq > 1 and seen <= 4 * width:  # a union is rarely below 2k: do not look
+                yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
                 continue
-            keys, bias = tile.keys, self.bias(tile, dtype)
-            if width and seen > 4 * width:  # a union is rarely below 2k: do not look
-                union = bias.amax(1) == 0  # (B, seen)
-                U = int(union.sum(1).max())
-                if 2 * U < seen:  # else cheaper whole than gathered
-                    # a row whose union is smaller than the largest is padded with keys that no query of it selects
-                    keys = torch.argsort(union.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
-                    bias = bias.gather(2, keys[:, None].expand(-1, tq, -1))
-                    keys = keys + tile.begin + first
-            yield Job(tile.queries, B, keys, bias)
+            idx = self.indices[:, tile.queries].long()  # (B, tq, k)
+            some = torch.where(idx < 0, S, idx)  # the -1s land in a column that is dropped
+            used = torch.zeros(B, S + 1, dtype=torch.bool, device=idx.device).scatter_(1, some.flatten(1), True)[:, :S]
+            U = int(used.sum(1).max())
+            if tq == 1 or min(2 * U, seen) > GATHER * width:
+                step, bias = max(1, together // B), (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
+                for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first[..., None]).split(step, 1), bias.split(step, 1)):
+                    keys, bias = (x.flatten(0, 1) for x in parts)  # (B · step, k)
+                    yield Job(slice(t, t + parts[0].size(1)), len(keys), keys, bias[:, None])
+            elif 2 * U < seen:  # a row whose union is smaller than the largest is padded with keys that no query of it selects
+                keys = torch.argsort(used.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
+                slot = F.pad(used.cumsum(1) - 1, (0, 1), value=U).gather(1, some.flatten(1)).view_as(idx)
+                bias = torch.full((B, tq, U + 1), HIDDEN, dtype=dtype, device=idx.device).scatter_(2, slot, 0.0)[..., :U]
+                yield Job(tile.queries, B, keys + first, bias)
+            else:
+                yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
 
 
 def check_backend(backend, x=None):
@@ -749,7 +749,11 @@ def _unrows(x, tq):
 
 def _logits(q_rows, k, bias):
     """q·k/√d + bias, at least fp32: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
-    s = torch.matmul(q_rows * (1 / math.sqrt(q_rows.size(-1))), k.transpose(2, 3)).to(bias.dtype)
+    q_rows = q_rows * (1 / math.sqrt(q_rows.size(-1)))
+    s = q_rows.new_empty(*q_rows.shape[:3], k.size(2))
+    for s_i, q_i, k_i in zip(s, q_rows, k.transpose(2, 3)):
+        torch.bmm(q_i, k_i, out=s_i)  # one by one: a product of four dimensions would copy k first
+    s = s.to(bias.dtype)
     s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
     return s
 
@@ -772,6 +776,14 @@ def _attend_job_backward(do, q, k, v, o, lse, bias):
         return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)), (q, k, v), do)
 
 
+def _take_both(k, v, T):
+    """A job's keys and values. For many queries k and v are first laid side by side, so that one copy of a long row gathers both."""
+    if T <= TILE:
+        return lambda job: (job.take(k), job.take(v))
+    kv = torch.cat((k, v), -1)
+    return lambda job: job.take(kv).chunk(2, -1)
+
+
 class _SparseAttention(torch.autograd.Function):
     """Both passes one job after the other."""
 
@@ -780,8 +792,9 @@ class _SparseAttention(torch.autograd.Function):
         G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:3], device=q.device, dtype=dtype)
+        take = _take_both(k, v, q.size(1))
         for job in selection.jobs(dtype):
-            o_t, lse_t = _attend_job(_rows(job.pick(q), G), job.take(k), job.take(v), job.bias)
+            o_t, lse_t = _attend_job(_rows(job.pick(q), G), *take(job), job.bias)
             job.store(o, _unrows(o_t, job.bias.size(1)))
             job.store(lse, _unrows(lse_t[..., None], job.bias.size(1))[..., 0])
         ctx.save_for_backward(q, k, v, o, lse)
@@ -793,15 +806,15 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         q, k, v, o, lse = ctx.saved_tensors
         G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros(x.shape, device=x.device, dtype=dtype) for x in (k, v))
+        take = _take_both(k, v, q.size(1))
+        dq, dkv = torch.empty_like(q), torch.zeros(*k.shape[:3], 2 * k.size(3), device=k.device, dtype=dtype)
         for job in ctx.selection.jobs(dtype):
             do_t, q_t, o_t, lse_t = (_rows(job.pick(x), G) for x in (do, q, o, lse))
-            dq_t, dk_t, dv_t = _attend_job_backward(do_t, q_t, job.take(k), job.take(v), o_t, lse_t[..., 0], job.bias)
+            dq_t, dk_t, dv_t = _attend_job_backward(do_t, q_t, *take(job), o_t, lse_t[..., 0], job.bias)
             job.store(dq, _unrows(dq_t, job.bias.size(1)))
-            job.put(dk, dk_t.to(dtype))
-            job.put(dv, dv_t.to(dtype))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+            job.put(dkv, torch.cat((dk_t, dv_t), -1).to(dtype))
+        dk, dv = dkv.to(k.dtype).chunk(2, -1)
+        return dq, dk.contiguous(), dv.contiguous(), None
 
 
 _attend_tiled = torch.compiler.disable(_SparseAttention.apply)
@@ -1044,7 +1057,7 @@ class _IndexLoss(torch.autograd.Function):
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
-        for job in selection.jobs(iq.dtype):
+        for job in selection.jobs(iq.dtype, together=8):
             bias, q_t, w_t = job.bias, job.pick(iq), job.pick(iw)  # (groups, tq, Hi, di), (groups, tq, Hi)
             p = _logits(_rows(job.pick(q), G), job.take(k), bias).softmax(-1)
             p = p.view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)

@@ -253,11 +253,12 @@ def passkey_document(rng, filler):
             name = told[-1]
         else:
             name = rng.choice(told)
-        if not stretch:
+        if not far:
             text += rng.randint(0, 6) * "." + "\n"
         elif rng.random() < 0.3:
+            stretch = rng.randint(30, 450)
             at = rng.randint(0, len(filler) - stretch)
-            text += filler[at:at + rng.randint(stretch // 2, stretch)] + "\n"
+            text += filler[at:at + stretch] + "\n"
         text += passkey_line(name, facts[name])
     return text
 
@@ -285,12 +286,11 @@ def demo_blocks(seed, share, state):
             yield Block("texts", [text] + [passkey_document(rng, filler) for _ in range(len(text) // 70 + 1)], i + 1)
 
 
-def open_file(path):
-    """A local file, decompressed, as a binary stream."""
-    raw = open(path, "rb")
-    if path.endswith(".gz"):
+def decompress(raw):
+    """A file open for reading bytes -> the stream of what is in it."""
+    if raw.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
-    if path.endswith(".zst"):
+    if raw.name.endswith(".zst"):
         return io.BufferedReader(optional("zstandard", "zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return raw
 
@@ -335,7 +335,7 @@ def _read(f, n):
 
 def file_pieces(path, offset):
     """(data of a Block, bytes, where it ends) of a local file from a byte on: documents of plain text, or whole JSON lines."""
-    with open_file(path) as f:
+    with open(path, "rb") as raw, decompress(raw) as f:
         if path.endswith(".zst"):  # cannot seek
             for a in range(0, offset, BLOCK):
                 f.read(min(BLOCK, offset - a))
@@ -957,10 +957,9 @@ def decompressed(paths, column):
         columns = [g.column(i) for g in groups for i in range(g.num_columns)]
         return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
     size, ratio = sum(map(os.path.getsize, paths)), 1.0
-    if paths[0].endswith((".gz", ".zst")):  # as the first file
-        with open_file(paths[0]) as f:
-            n = sum(map(len, iter(lambda: f.read(1 << 20), b"")))
-        ratio = n / os.path.getsize(paths[0])
+    if paths[0].endswith((".gz", ".zst")):  # as at the first file's front
+        with open(paths[0], "rb") as raw, decompress(raw) as f:
+            ratio = len(_read(f, 1 << 25)) / max(1, raw.tell())
     return size * ratio
 
 

@@ -316,6 +316,28 @@ def test_shards_read_as_one_array(tmp_path):
     assert np.array_equal(many.val[:50], one.val[:50])
 
 
+def test_a_stream_that_breaks_off_can_be_taken_up(tmp_path, monkeypatch):
+    """As when the network goes: one line, and the next run continues from the last commit to an undisturbed run's bytes."""
+    source = write(tmp_path / "a.parquet", DOCS)
+    monkeypatch.setattr(prepare, "ROWS", 20)
+    run(tmp_path / "whole", source)
+    import datasets
+    real = datasets.IterableDataset.iter
+
+    def breaking(self, *args, **kwargs):
+        for i, table in enumerate(real(self, *args, **kwargs)):
+            if i == 5:
+                raise ConnectionError("connection reset by peer\nand so on")
+            yield table
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.IterableDataset, "iter", breaking)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"broke off \(connection reset by peer\): the same command goes on from here$"):
+                run(tmp_path / "broken", source, commit_seconds=0)
+    run(tmp_path / "broken", source)
+    assert content(tmp_path / "broken/data/d") == content(tmp_path / "whole/data/d")
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount a small disk")
 def test_full_disk_leaves_a_state_to_go_on_from(tmp_path):
     source = write(tmp_path / "a.jsonl", [f"{i} " + "text " * 500 for i in range(2000)])

@@ -243,8 +243,8 @@ def passkey_document(rng, filler):
     in most documents by a few dots, and most of these are short, so that looking up is learnt from them; in the others by
     stretches of `filler` (at least 450 characters), from which it learns to reach far.
     """
-    stretch = rng.choice(12 * (0,) + (100, 450, 450))
-    length = rng.randint(300, 700) if stretch else 40 * 8 ** rng.random()
+    far = rng.random() < 0.2
+    length = rng.randint(300, 700) if far else 40 * 8 ** rng.random()
     facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4))))
     untold, told, text = list(facts), [], ""
     while len(text) < length:

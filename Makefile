@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO_OUT ?= out
 DEMO_FLAGS ?=
-EVAL_FLAGS ?=
+EVAL_FLAGS ?= --max_tokens=200000
 
 .PHONY: demo test bench clean
 

@@ -10,12 +10,14 @@ Time and peak memory of GSA beside dense attention (SDPA) of the same shape, as 
 
 forward: selection and attention. train: the same with the index loss and all gradients. decode: one token against a cache.
 layer: a training step of a whole layer, projections and gates included. On a CPU every case runs in a process of its own, so
-that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own. Inputs are random, which is the worst
-case for what neighbouring queries share. The last line is JSON.
+that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own. Inputs are random, the worst case: in
+a trained model neighbouring queries choose similar keys (--roofline counts how similar), as they do with --similar. u is the number of
+different keys of 16 neighbours over that of one. The last line is JSON.
 """
 import glob
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -49,6 +51,7 @@ class BenchConfig:
     n_index_head: int = 4
     d_index: int = 64
     k: int = 512  # keys per query
+    similar: float = 0.0  # correlation of a query's indexer input with the one before; what neighbours share of their keys is printed
     forward: str = "2048,4096,8192,16384"  # tokens; "" = none
     train: str = "2048,4096,8192,16384"
     decode: str = "8192,32768"  # cached tokens
@@ -80,6 +83,9 @@ def layer_inputs(cfg, T, device, dtype, S=None, seed=0):
     shapes = (T, H, d), (S, G, d), (S, G, d), (T, Hi, di), (S, di), (T, Hi)
     q, k, v, iq, ik, iw = (torch.randn(1, *s, device=device, dtype=dtype, generator=g).requires_grad_() for s in shapes)
     ib = torch.zeros(Hi, device=device, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        for t in range(1, T if cfg.similar else 0):
+            iq[:, t] = cfg.similar * iq[:, t - 1] + math.sqrt(1 - cfg.similar**2) * iq[:, t]
     return q, k, v, kernels.Index(iq, ik, iw, ib), torch.tensor(1.4, device=device, requires_grad=True)
 
 
@@ -91,7 +97,7 @@ def gsa_step(backend, q, k, v, index, log_tau, selection):
 
 
 def case(cfg, what, T, device, dtype, backend):
-    """(dense, gsa, {stage: part of gsa}) as functions to be timed. what: forward | train | decode."""
+    """(dense, gsa, () -> {stage: part of gsa}) as functions to be timed, and one that gives u. what: forward | train | decode."""
     q, k, v, index, log_tau = layer_inputs(cfg, 1 if what == "decode" else T, device, dtype, T)
     visible = kernels.Visible(torch.full((1, 1), T - 1, device=device), T) if what == "decode" else kernels.Visible.causal(T, device=device)
     budget = kernels.Budget("inverse", cfg.k, 1, cfg.k, var_avg=torch.tensor(0.1, device=device))
@@ -127,7 +133,11 @@ def case(cfg, what, T, device, dtype, backend):
             for job in selection.jobs(torch.float32):
                 take(job)
         return {"scores": scores, "select": select, "gather": gather, **own}
-    return dense, lambda: attend(select()), stages
+
+    def u():
+        union = unions(index, cfg.k)
+        return union[kernels.TQ] / union["k"]
+    return dense, lambda: attend(select()), stages, u if T >= 1024 and what != "decode" else lambda: None
 
 
 def clock(cfg, device, f):
@@ -162,13 +172,14 @@ def layer(cfg, arm, T):
 
 
 def measure(cfg, arm, what, T):
-    """{"ms": [per repeat], "peak_mb", "stages": {stage: ms}} of one case, in this process."""
+    """{"ms": [per repeat], "peak_mb", "stages": {stage: ms}, "u"} of one case, in this process."""
     torch.set_num_threads(cfg.threads)
-    dense, gsa, stages = (None, None, dict) if what == "layer" else case(cfg, what, T, "cpu", torch.float32, "torch")
+    dense, gsa, stages, u = (None, None, dict, lambda: None) if what == "layer" else case(cfg, what, T, "cpu", torch.float32, "torch")
     f = layer(cfg, arm, T) if what == "layer" else dense if arm == "dense" else gsa
     ms = [t for _ in range(10 if what == "decode" else 1) for t in clock(cfg, "cpu", f)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"ms": ms, "peak_mb": peak, "stages": {n: statistics.median(clock(cfg, "cpu", g)) for n, g in (stages() if arm == "gsa" else {}).items()}}
+    return {"ms": ms, "peak_mb": peak, "u": u() if arm == "gsa" else None,
+            "stages": {n: statistics.median(clock(cfg, "cpu", g)) for n, g in (stages() if arm == "gsa" else {}).items()}}
 
 
 def check(cfg):
@@ -191,7 +202,7 @@ def cpu(cfg):
         raise UserError(str(e)) from None
     print(f"H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, fp32, {cfg.threads} threads, "
           f"torch {torch.__version__}; checked against eager: relative error {error:.0e}\n"
-          f"{'':8}{'T':>7} {'dense ms (spread)':>22} {'GSA ms (spread)':>22} {'speed-up':>9} {'dense MB':>9} {'GSA MB':>7}  GSA by stage, ms")
+          f"{'':8}{'T':>7} {'dense ms (spread)':>22} {'GSA ms (spread)':>22} {'speed-up':>9} {'dense MB':>9} {'GSA MB':>7} {'u':>5}  GSA by stage, ms")
     rows = []
     for what, T in cases:
         result = {}
@@ -205,9 +216,10 @@ def cpu(cfg):
         if "attend, loss, backward" in t:  # these gather too, several times
             stages.pop("gather"), stages.pop("attention")
         rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
+        u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
         print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
-              f"{result['gsa']['peak_mb']:7.0f}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
+              f"{result['gsa']['peak_mb']:7.0f} {f'{u:.1f}' if u else '':>5}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
     return dict(machine=platform.processor() or platform.machine(), rows=rows)
 
 
@@ -247,15 +259,15 @@ def gpu(cfg):
     errors = check_gpu(cfg, device, dtype, 40 if cfg.dry_run else 1024)
     print(f"{name}, {dtype}, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, random inputs\n"
           f"relative error against fp32, ours / PyTorch's: " + ", ".join(f"{n} {a:.1e}/{b:.1e}" for n, (a, b) in errors.items()))
-    print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}  GSA by stage, ms")
+    print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}{'u':>6}  GSA by stage, ms")
     rows = []
     for what, T in [(w, int(T)) for w in ("forward", "train", "decode") for T in getattr(cfg, w).split(",") if T]:
-        dense, whole, stages = case(cfg, what, T, device, dtype, "triton")
-        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), stages={n: clock(cfg, device, f) for n, f in stages().items()})
+        dense, whole, stages, u = case(cfg, what, T, device, dtype, "triton")
+        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), u=u(), stages={n: clock(cfg, device, f) for n, f in stages().items()})
         median = statistics.median
         row["speedup"] = median(row["dense"]) / median(row["gsa"])
         rows.append(row)
-        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×  "
+        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×{f"{row['u']:.1f}" if row['u'] else '':>6}  "
               + ", ".join(f"{n} {median(ms):.3f}" for n, ms in row["stages"].items()), flush=True)
     return dict(device=name, errors=errors, rows=rows)
 
@@ -288,7 +300,7 @@ def unions(index, k, sizes=(8, 16, 32, 64)):
     counts = {n: [] for n in sizes}
     for end in torch.linspace(L / 8, L, 8).long().tolist():
         part = index._replace(q=index.q[:, end - 64:end], w=index.w[:, end - 64:end], k=index.k[:, :end])
-        mask = kernels.select(part, kernels.Visible(torch.arange(end - 64, end)[None], end), kernels.Budget("fixed", k, 1, k)).mask()[0]
+        mask = kernels.select(part, kernels.Visible(torch.arange(end - 64, end, device=part.q.device)[None], end), kernels.Budget("fixed", k, 1, k)).mask()[0]
         for n in sizes:
             counts[n].append(mask.view(64 // n, n, end).any(1).sum(-1).float().mean().item())
         counts.setdefault("k", []).append(mask.sum(-1).float().mean().item())

@@ -135,12 +135,12 @@ class PrepareConfig:
         return {k: v for k, v in asdict(self).items() if k not in rest}
 
 
-def optional(module, package):
-    """A module of an optional package, or one line that says how to get it."""
+def optional(module, package=None):
+    """A module of an optional package (of the same name), or one line that says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"this needs the package {package}: pip install {package}") from None
+        raise UserError(f"this needs a package: pip install {package or module}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def decompress(raw):
     if raw.name.endswith(".gz"):
         return gzip.GzipFile(fileobj=raw)
     if raw.name.endswith(".zst"):
-        return io.BufferedReader(optional("zstandard", "zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(optional("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True))
     return raw
 
 
@@ -527,12 +527,12 @@ def filter_texts(texts, cfg, counts):
     if cfg.min_chars or cfg.max_chars:
         texts = only("length", [cfg.min_chars <= len(t) <= (cfg.max_chars or len(t)) for t in texts])
     if cfg.language:
-        classify = optional("py3langid", "py3langid").classify
+        classify = optional("py3langid").classify
         texts = only("language", [classify(t[:10_000])[0] in cfg.language.split(",") for t in texts])
     if cfg.max_toxicity and texts:
         texts = only("toxicity", optional("profanity_check", "alt-profanity-check").predict_prob(texts) <= cfg.max_toxicity)
     if cfg.mask_pii:
-        redact = optional("datafog", "datafog").redact
+        redact = optional("datafog").redact
         masked = [redact(t, engine="regex", entity_types=["EMAIL", "PHONE", "SSN", "CREDIT_CARD", "IP_ADDRESS"]).redacted_text for t in texts]
         counts["masked"] += sum(a != b for a, b in zip(texts, masked))
         texts = masked
@@ -541,7 +541,7 @@ def filter_texts(texts, cfg, counts):
 
 def near_keys(text):
     """MinHash of the text's words in fives: 14 bands of 8, two texts 0.75 alike share one with probability 0.77, 0.5 alike with 0.05."""
-    minhash, words = optional("rensa", "rensa").RMinHash(num_perm=112, seed=42), text.lower().split()
+    minhash, words = optional("rensa").RMinHash(num_perm=112, seed=42), text.lower().split()
     minhash.update([" ".join(words[i:i + 5]) for i in range(max(1, len(words) - 4))])
     bands = np.array(minhash.digest(), dtype=np.uint32).reshape(14, 8)
     return [xxhash.xxh3_64_intdigest(band.tobytes(), seed=i) for i, band in enumerate(bands)]
@@ -773,10 +773,10 @@ def prepare(cfg):
 def _pass(cfg, folder, tokenizer, what, blocks, saved, files):
     from tqdm import tqdm
     limit = cfg.num_tokens // cfg.world_size or float("inf")
-    for wanted, module, package in ((cfg.language, "py3langid", "py3langid"), (cfg.max_toxicity, "profanity_check", "alt-profanity-check"),
-                                    (cfg.mask_pii, "datafog", "datafog"), (cfg.dedup == "near", "rensa", "rensa")):
+    for wanted, *package in ((cfg.language, "py3langid"), (cfg.max_toxicity, "profanity_check", "alt-profanity-check"), (cfg.mask_pii, "datafog"),
+                             (cfg.dedup == "near", "rensa")):
         if wanted:
-            optional(module, package)
+            optional(*package)  # said now, not by a worker
     writers = {s: files.enter_context(contextlib.closing(Writer(folder, s, tokenizer.dtype, cfg.shard_tokens, saved.get(s)))) for s in ("train", "val")}
     counts, seen, state = Counter(saved.get("counts")), Seen(folder, saved.get("seen", 0)), saved.get("state")
     meta = dict(dataset=cfg.dataset, source=what, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,

@@ -219,7 +219,7 @@ def cpu(cfg):
         u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
         print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
-              f"{result['gsa']['peak_mb']:7.0f} {f'{u:.1f}' if u else '':>5}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
+              f"{result['gsa']['peak_mb']:7.0f} {u or 0:5.1f}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
     return dict(machine=platform.processor() or platform.machine(), rows=rows)
 
 
@@ -267,7 +267,7 @@ def gpu(cfg):
         median = statistics.median
         row["speedup"] = median(row["dense"]) / median(row["gsa"])
         rows.append(row)
-        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×{f"{row['u']:.1f}" if row['u'] else '':>6}  "
+        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×{row['u'] or 0:6.1f}  "
               + ", ".join(f"{n} {median(ms):.3f}" for n, ms in row["stages"].items()), flush=True)
     return dict(device=name, errors=errors, rows=rows)
 

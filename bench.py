@@ -130,7 +130,7 @@ def case(cfg, what, T, device, dtype, backend):
 
         def gather():
             take = kernels._take_both(k, v, q.size(1))
-            for job in selection.jobs(torch.float32):
+            for job in selection.jobs(torch.float32, q[0, 0].numel()):
                 take(job)
         return {"scores": scores, "select": select, "gather": gather, **own}
 

@@ -37,7 +37,8 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
-GATHER = 8  # a query's own keys, gathered, cost as much as so many times more in place, shared by a tile of queries
+GATHER = 8  # a query's own keys, gathered, cost as much as so many times more in place, shared by a tile of queries,
+OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers of keys in place
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
 TQ = 16  # queries per tile of the Triton path, at most 32
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -237,10 +238,11 @@ class Selection:
         bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
         return bias[..., :width]
 
-    def jobs(self, dtype, together=2):
+    def jobs(self, dtype, row, together=2):
         """
         The PyTorch path's work, as Jobs: a tile of queries over the union of their keys or, where that is most of what they
-        see, over all of it, masked; or each query over its own keys, where those are few, so many queries to a job.
+        see, over all of it, masked; or each query over its own keys, where those are few, so many queries to a job. row: the
+        numbers of a query in all heads, H·d.
         """
         B, S = self.budget.size(0), self.visible.n_keys
         first = S * torch.arange(B, device=self.budget.device)[:, None]  # of each sequence, among all B·S keys
@@ -253,7 +255,7 @@ class Selection:
             some = torch.where(idx < 0, S, idx)  # the -1s land in a column that is dropped
             used = torch.zeros(B, S + 1, dtype=torch.bool, device=idx.device).scatter_(1, some.flatten(1), True)[:, :S]
             U = int(used.sum(1).max())
-            if tq == 1 or min(2 * U, seen) > GATHER * width:
+            if tq == 1 or min(2 * U, seen) > GATHER * width + OVERHEAD // row:
                 step, bias = max(1, together // B), (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
                 for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first[..., None]).split(step, 1), bias.split(step, 1)):
                     keys, bias = (x.flatten(0, 1) for x in parts)  # (B · step, k)
@@ -793,7 +795,7 @@ class _SparseAttention(torch.autograd.Function):
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:3], device=q.device, dtype=dtype)
         take = _take_both(k, v, q.size(1))
-        for job in selection.jobs(dtype):
+        for job in selection.jobs(dtype, q[0, 0].numel()):
             o_t, lse_t = _attend_job(_rows(job.pick(q), G), *take(job), job.bias)
             job.store(o, _unrows(o_t, job.bias.size(1)))
             job.store(lse, _unrows(lse_t[..., None], job.bias.size(1))[..., 0])
@@ -808,7 +810,7 @@ class _SparseAttention(torch.autograd.Function):
         G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
         take = _take_both(k, v, q.size(1))
         dq, dkv = torch.empty_like(q), torch.zeros(*k.shape[:3], 2 * k.size(3), device=k.device, dtype=dtype)
-        for job in ctx.selection.jobs(dtype):
+        for job in ctx.selection.jobs(dtype, q[0, 0].numel()):
             do_t, q_t, o_t, lse_t = (_rows(job.pick(x), G) for x in (do, q, o, lse))
             dq_t, dk_t, dv_t = _attend_job_backward(do_t, q_t, *take(job), o_t, lse_t[..., 0], job.bias)
             job.store(dq, _unrows(dq_t, job.bias.size(1)))
@@ -1057,7 +1059,7 @@ class _IndexLoss(torch.autograd.Function):
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
-        for job in selection.jobs(iq.dtype, together=8):
+        for job in selection.jobs(iq.dtype, q[0, 0].numel(), together=8):
             bias, q_t, w_t = job.bias, job.pick(iq), job.pick(iw)  # (groups, tq, Hi, di), (groups, tq, Hi)
             p = _logits(_rows(job.pick(q), G), job.take(k), bias).softmax(-1)
             p = p.view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)

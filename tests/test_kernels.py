@@ -109,6 +109,7 @@ def test_top_equals_topk_and_its_bound_is_used():
 @pytest.mark.parametrize("seed", range(8))
 def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route, monkeypatch):
     monkeypatch.setattr(kernels, "GATHER", 0 if route == "queries" else 5)
+    monkeypatch.setattr(kernels, "OVERHEAD", 0)
     monkeypatch.setattr(kernels, "FLASH", route != "without flash")
     q, k, v, index, visible, budget = make(200 + seed, dtype, docs=docs)
     log_tau = torch.tensor(1.3, dtype=dtype)
@@ -129,6 +130,7 @@ def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route,
 def test_low_precision_is_as_good_as_pytorchs(dtype, gather, monkeypatch):
     """Errors against fp32 at most twice those of the eager reference in the same dtype."""
     monkeypatch.setattr(kernels, "GATHER", gather)
+    monkeypatch.setattr(kernels, "OVERHEAD", 0)
     q, k, v, index, visible, budget = make(31, torch.float32, T=80)
     selection = kernels.select(index, visible, budget)
     direction, results = torch.randn_like(q), []
@@ -150,7 +152,7 @@ def test_gathered_tiles_equal_contiguous_ones(monkeypatch):
     index.q[..., 0], index.k[..., 0], index.w[:] = 1, torch.randn(B, T), 1  # every query ranks the keys alike
     selection = kernels.select(index, Visible.causal(T), Budget("fixed", 6, 1, 6))
     monkeypatch.setattr(kernels, "GATHER", 1000)
-    job = list(selection.jobs(torch.float64))[16]
+    job = list(selection.jobs(torch.float64, 32))[16]
     assert job.groups == B and job.keys.size(1) < 50 and (job.keys.diff(dim=1) > 0).all()
     outputs = []
     for backend in ("torch", "eager"):

@@ -85,7 +85,8 @@ def layer_inputs(cfg, T, device, dtype, S=None, seed=0):
     ib = torch.zeros(Hi, device=device, dtype=dtype, requires_grad=True)
     with torch.no_grad():
         for t in range(1, T if cfg.similar else 0):
-            iq[:, t] = cfg.similar * iq[:, t - 1] + math.sqrt(1 - cfg.similar**2) * iq[:, t]
+            for x in (iq, iw):
+                x[:, t] = cfg.similar * x[:, t - 1] + math.sqrt(1 - cfg.similar**2) * x[:, t]
     return q, k, v, kernels.Index(iq, ik, iw, ib), torch.tensor(1.4, device=device, requires_grad=True)
 
 

@@ -472,15 +472,17 @@ def select_eager(index, visible, budget):
     return torch.zeros_like(mask).scatter_(2, order, chosen), k, var
 
 
-def _tile_scores(index, tile):
-    """Scores of a tile, (B, tq, end-begin), one indexer head at a time so that the buffers stay small."""
-    keys, q, w = index.k[:, tile.keys].transpose(1, 2), index.q[:, tile.queries], index.w[:, tile.queries, :, None]
-    scale = 1 / math.sqrt(q.size(-1))
-    scores = 0
-    for j in range(q.size(2)):
-        z = torch.baddbmm(index.b[j], q[:, :, j], keys, alpha=scale)
+def _tile_scores(index, tile, n=512):
+    """Scores of a tile, (B, tq, end-begin): all indexer heads in one product, n keys at a time so that it stays in cache."""
+    q, w = index.q[:, tile.queries], index.w[:, tile.queries]
+    B, tq, Hi, di = q.shape
+    q = q.transpose(1, 2).reshape(B, Hi * tq, di) * (1 / math.sqrt(di))
+    b, w = index.b.repeat_interleave(tq)[:, None], w.transpose(1, 2)[..., None]  # (Hi·tq, 1), (B, Hi, tq, 1)
+    scores = q.new_empty(B, tq, tile.end - tile.begin)
+    for part, k in zip(scores.split(n, 2), index.k[:, tile.keys].split(n, 1)):
+        z = torch.baddbmm(b, q, k.transpose(1, 2))  # (B, Hi·tq, n)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
-        scores = z.mul_(w[:, :, j]) if j == 0 else scores.addcmul_(z, w[:, :, j])
+        part.copy_(z.view(B, Hi, tq, -1).mul_(w).sum(1))
     return scores
 
 

@@ -472,6 +472,7 @@ def select_eager(index, visible, budget):
     return torch.zeros_like(mask).scatter_(2, order, chosen), k, var
 
 
+@torch.no_grad()
 def _tile_scores(index, tile, n=512):
     """Scores of a tile, (B, tq, end-begin): all indexer heads in one product, n keys at a time so that it stays in cache."""
     q, w = index.q[:, tile.queries], index.w[:, tile.queries]

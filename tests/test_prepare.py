@@ -2,7 +2,6 @@
 import base64
 import gzip
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -214,21 +213,28 @@ def test_runs_of_blanks_are_cut(n):
 
 # ---- crashes, machines, shards
 
-def crashing(cfg):
-    prepare.prepare(cfg)
+CRASHING = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import datasets, prepare
+for name, value in json.loads(sys.argv[2]).items():
+    setattr(prepare, name, value)
+cfg = prepare.PrepareConfig(**json.loads(sys.argv[3]))
+print("ready", flush=True)
+prepare.prepare(cfg)
+"""
 
 
 @pytest.mark.parametrize("kind,settings", [("jsonl", dict(shard_tokens=20_000)), ("txt", {}), ("parquet", dict(dedup="exact"))])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, monkeypatch, kind, settings):
     """kill -9, at least 20 times over the three sources, each resumed; commits after every block, so that there is much to interrupt."""
-    monkeypatch.setattr(prepare, "BLOCK", 1500)
-    monkeypatch.setattr(prepare, "ROWS", 20)
+    sizes = dict(BLOCK=1500, ROWS=20, SHORTEST=300, LONGEST=5000)
+    for name, value in sizes.items():
+        monkeypatch.setattr(prepare, name, value)
     rng = random.Random(kind)
     docs = [rng.choice(DOCS) + f" {i % 4}" for i in range(1500)]
     path = tmp_path / f"a.{kind}"
     if kind == "txt":
-        monkeypatch.setattr(prepare, "SHORTEST", 300)
-        monkeypatch.setattr(prepare, "LONGEST", 5000)
         path.write_text("\n\n".join(docs))
     else:
         write(path, docs)
@@ -236,13 +242,16 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, monkeypa
     run(tmp_path / "whole", path, commit_seconds=0, **settings)
     duration = time.time() - began
     cfg, kills, midway = config(tmp_path / "broken", path, commit_seconds=0, **settings), 0, 0
-    while kills < 7 or midway < 4:
-        child = multiprocessing.get_context("fork").Process(target=crashing, args=(cfg,))
-        child.start()
-        child.join(rng.random() * duration / 3)
-        kills += child.is_alive()
+    flags = {k: getattr(cfg, k) for k in ("dataset", "tokenizer", "num_proc", "val_fraction", "data_dir", "name", "commit_seconds", *settings)}
+    while kills < 7:
+        child = subprocess.Popen([sys.executable, "-c", CRASHING, str(ROOT), json.dumps(sizes), json.dumps(flags)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout.readline() == b"ready\n"
+        while kind == "parquet" and child.poll() is None and not prepare.read_meta(tmp_path / "broken/data/d"):
+            time.sleep(0.001)  # a fresh process takes long to open a stream: only the pass is of interest
+        time.sleep(rng.random() * duration * 0.4)
+        kills += child.poll() is None
         child.kill()
-        child.join()
+        child.communicate()
         meta = prepare.read_meta(tmp_path / "broken/data/d")
         midway += bool(meta and not meta["complete"])
         if meta and meta["complete"]:  # once more from the start
@@ -251,7 +260,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, monkeypa
             for file in (tmp_path / "broken/data/d").iterdir():
                 file.unlink()
     prepare.prepare(cfg)
-    assert content(tmp_path / "broken/data/d") == content(tmp_path / "whole/data/d")
+    assert content(tmp_path / "broken/data/d") == content(tmp_path / "whole/data/d") and midway
     if kind == "parquet":
         assert sorted(read_documents(Data(str(tmp_path / "broken/data/d")))) == sorted(set(docs))
 

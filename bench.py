@@ -133,12 +133,17 @@ def case(cfg, what, T, device, dtype, backend):
             take = kernels._take_both(k, v, q.size(1))
             for job in selection.jobs(torch.float32, q[0, 0].numel()):
                 take(job)
-        return {"scores": scores, "select": select, "gather": gather, **own}
+        return {"scores": scores, "select": select, **({} if train else {"gather": gather}), **own}  # a training step gathers several times
 
     def u():
         union = unions(index, cfg.k)
         return union[kernels.TQ] / union["k"]
     return dense, lambda: attend(select()), stages, u if T >= 1024 and what != "decode" else lambda: None
+
+
+def listed(cfg, *names):
+    """(name, T) of every T in these settings."""
+    return [(name, int(T)) for name in names for T in getattr(cfg, name).split(",") if T]
 
 
 def clock(cfg, device, f):
@@ -197,7 +202,7 @@ def check(cfg):
 def cpu(cfg):
     """Rows of {what, T, dense, gsa, stages}, each of the arms {ms, peak_mb}, and the ratios."""
     try:
-        cases = [(w, int(T)) for w in ("forward", "train", "decode", "layer") for T in getattr(cfg, w).split(",") if T]
+        cases = listed(cfg, "forward", "train", "decode", "layer")
         error = check(cfg)
     except ValueError as e:
         raise UserError(str(e)) from None
@@ -211,11 +216,12 @@ def cpu(cfg):
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 result[arm] = pool.submit(measure, cfg, arm, what, T).result()
         ms = {arm: statistics.median(r["ms"]) for arm, r in result.items()}
-        t = result["gsa"]["stages"]
-        stages = t and {"scores": t["scores"], "variance, top-k": t["select"] - t["scores"], "gather": t["gather"],
-                        "attention": t.get("attend", 0) - t["gather"]} | {n: t[n] for n in t if "loss" in n}
-        if "attend, loss, backward" in t:  # these gather too, several times
-            stages.pop("gather"), stages.pop("attention")
+        t = dict(result["gsa"]["stages"])
+        stages = {}
+        if t:
+            stages = {"scores": t["scores"], "variance, top-k": t.pop("select") - t.pop("scores"), **t}
+        if "gather" in t:
+            stages["attention"] = stages.pop("attend") - t["gather"]
         rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
         u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
@@ -262,7 +268,7 @@ def gpu(cfg):
           f"relative error against fp32, ours / PyTorch's: " + ", ".join(f"{n} {a:.1e}/{b:.1e}" for n, (a, b) in errors.items()))
     print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}{'u':>6}  GSA by stage, ms")
     rows = []
-    for what, T in [(w, int(T)) for w in ("forward", "train", "decode") for T in getattr(cfg, w).split(",") if T]:
+    for what, T in listed(cfg, "forward", "train", "decode"):
         dense, whole, stages, u = case(cfg, what, T, device, dtype, "triton")
         row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), u=u(), stages={n: clock(cfg, device, f) for n, f in stages().items()})
         median = statistics.median

@@ -608,6 +608,14 @@ def _end_with_parent():
 # ----------------------------------------------------------------------------------------------------------------
 # The pass
 
+def checksum(file):
+    """xxh3 of what is left of an open file, to be gone on with."""
+    digest = xxhash.xxh3_64()
+    while part := file.read(1 << 24):
+        digest.update(part)
+    return digest
+
+
 class Writer:
     """The growing .bin files of one split. saved: what commit() returned when the last pass stopped; more than that is cut off."""
 
@@ -622,8 +630,7 @@ class Writer:
         if self.files:
             self._open("r+b")
             self.f.truncate(self.files[-1]["tokens"] * dtype.itemsize)
-            while part := self.f.read(1 << 24):
-                self.hash.update(part)
+            self.hash = checksum(self.f)
         else:
             self._next()
 
@@ -927,10 +934,8 @@ def inspect(folder):
         for a in np.linspace(0, max(0, len(ids) - 60), 3).astype(int):
             print(f"  at {a:,}: {data.tokenizer.decode(ids[a:a + 60])!r}")
     for f in meta["train"]["files"] + meta["val"]["files"]:
-        digest = xxhash.xxh3_64()
         with open(os.path.join(folder, f["name"]), "rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
+            digest = checksum(file)
         if digest.hexdigest() != f["xxh3"]:
             raise UserError(f"{folder}/{f['name']} is damaged: its checksum is {digest.hexdigest()}, meta.json says {f['xxh3']}")
     print(f"\nchecksums of {len(meta['train']['files'] + meta['val']['files'])} files are right")

@@ -127,7 +127,7 @@ def case(cfg, what, T, device, dtype, backend):
 
         def scores():
             for tile in visible.tiles:
-                kernels._tile_scores(index, tile)
+                kernels._tile_scores(index, visible, tile)
 
         def gather():
             take = kernels._take_both(k, v, q.size(1))
@@ -219,7 +219,7 @@ def cpu(cfg):
         t = dict(result["gsa"]["stages"])
         stages = {}
         if t:
-            stages = {"scores": t["scores"], "variance, top-k": t.pop("select") - t.pop("scores"), **t}
+            stages = {"scores": t["scores"], "top-k": t.pop("select") - t.pop("scores"), **t}
         if "gather" in t:
             stages["attention"] = stages.pop("attend") - t["gather"]
         rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))

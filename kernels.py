@@ -37,8 +37,10 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
-GATHER = 8  # a query's own keys, gathered, cost as much as so many times more in place, shared by a tile of queries,
-OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers of keys in place
+NEAR = 32  # queries that share the union of their keys, where that is cheaper (Selection.jobs). Prices, as measured on a CPU:
+SHARED = 2560  # making a union, for each key of a query, as much as so many numbers of keys in place, masked
+GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
+OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
 TQ = 16  # queries per tile of the Triton path, at most 32
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -46,7 +48,7 @@ PARTIAL_BYTES = 256 << 20  # of the gradients that wait to be summed
 PROGRAMS = 256  # enough to fill a GPU
 DETERMINISTIC = True  # dk and dv of the Triton path summed in one order; False: by atomics, faster
 HIDDEN = -1e30  # added to a masked score: exp gives exactly 0, and unlike -inf it can be added to and subtracted from
-FORCED = 1e9  # score of a key that must be selected: above all real ones, and still hidden after adding HIDDEN
+FORCED = 1e9  # score of a key that must be selected: above all real ones
 
 
 def launch_options(name, sm, d):
@@ -96,11 +98,13 @@ class Budget(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries t0…t1-1, none of which may attend to a key outside begin…end-1."""
+    """Queries t0…t1-1, none of which may attend to a key outside begin…end-1, and all of which may to keys low…high-1."""
     t0: int
     t1: int
     begin: int
     end: int
+    low: int
+    high: int
 
     @property
     def queries(self):
@@ -146,18 +150,20 @@ class Visible:
         T = self.pos.size(1)
         t0 = list(range(0, T, TILE))
         t1 = t0[1:] + [T]
-        ends = (self.pos.amax(0)[[t - 1 for t in t1]] + 1).tolist()
-        begins = [0] * len(t0) if self.start is None else self.start.amin(0)[t0].tolist()
-        return [Tile(*x) for x in zip(t0, t1, begins, ends)]
+        last = [t - 1 for t in t1]
+        bounds = torch.stack((self.pos.amax(0)[last], self.pos.amin(0)[t0])) + 1
+        starts = torch.zeros_like(bounds) if self.start is None else torch.stack((self.start.amin(0)[t0], self.start.amax(0)[last]))
+        (ends, highs), (begins, lows) = bounds.tolist(), starts.tolist()
+        return [Tile(*x) for x in zip(t0, t1, begins, ends, lows, highs)]
 
     @property
     def whole(self):
         """All queries as one tile."""
-        return Tile(0, self.pos.size(1), self.tiles[0].begin, self.tiles[-1].end)
+        return self.tiles[-1]._replace(t0=0, begin=self.tiles[0].begin, high=self.tiles[0].high)
 
     def mask(self, tile=None):
         """True = visible: (B or 1, tq, end-begin) for a tile, (B or 1, T, S) without."""
-        t0, t1, begin, end = tile or (0, self.pos.size(1), 0, self.n_keys)
+        t0, t1, begin, end = tile[:4] if tile else (0, self.pos.size(1), 0, self.n_keys)
         key = torch.arange(begin, end, device=self.pos.device)
         mask = key <= self.pos[:, t0:t1, None]
         return mask if self.start is None else mask & (key >= self.start[:, t0:t1, None])
@@ -240,31 +246,36 @@ class Selection:
 
     def jobs(self, dtype, row, together=2):
         """
-        The PyTorch path's work, as Jobs: a tile of queries over the union of their keys or, where that is most of what they
-        see, over all of it, masked; or each query over its own keys, where those are few, so many queries to a job. row: the
-        numbers of a query in all heads, H·d.
+        The PyTorch path's work, as Jobs: a tile of queries over all they see, masked, where their keys are most of that; else NEAR
+        neighbours to a group over the union of their keys; or, where they share few, each query over its own, `together` queries
+        to a job. row: the numbers of a query in all heads, H·d.
         """
         B, S = self.budget.size(0), self.visible.n_keys
-        first = S * torch.arange(B, device=self.budget.device)[:, None]  # of each sequence, among all B·S keys
+        first = S * torch.arange(B, device=self.budget.device)[:, None, None]  # of each sequence, among all B·S keys
         for tile in self.visible.tiles:
             tq, seen, width = tile.t1 - tile.t0, tile.end - tile.begin, 0 if self.indices is None else self.indices.size(-1)
-            if not width or tq > 1 and seen <= 4 * width:  # a union is rarely below 2k: do not look
+            if not width or tq > 1 and seen <= width + SHARED * width // row:
                 yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
                 continue
             idx = self.indices[:, tile.queries].long()  # (B, tq, k)
-            some = torch.where(idx < 0, S, idx)  # the -1s land in a column that is dropped
-            used = torch.zeros(B, S + 1, dtype=torch.bool, device=idx.device).scatter_(1, some.flatten(1), True)[:, :S]
-            U = int(used.sum(1).max())
-            if tq == 1 or min(2 * U, seen) > GATHER * width + OVERHEAD // row:
+            if tq > 1:
+                near = NEAR if tq % NEAR == 0 else tq
+                some = torch.where(idx < 0, seen, idx - tile.begin).view(B, -1, near * width)  # the -1s land in a column that is dropped
+                used = torch.zeros(*some.shape[:2], seen + 1, dtype=torch.bool, device=idx.device).scatter_(2, some, True)[..., :seen]
+                counts = used.sum(-1).amax(0).tolist()
+                union = sum(counts) / len(counts) + SHARED * width // row
+            if tq == 1 or min(union, seen) > GATHER * width + OVERHEAD // row:
                 step, bias = max(1, together // B), (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
-                for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first[..., None]).split(step, 1), bias.split(step, 1)):
+                for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first).split(step, 1), bias.split(step, 1)):
                     keys, bias = (x.flatten(0, 1) for x in parts)  # (B · step, k)
                     yield Job(slice(t, t + parts[0].size(1)), len(keys), keys, bias[:, None])
-            elif 2 * U < seen:  # a row whose union is smaller than the largest is padded with keys that no query of it selects
-                keys = torch.argsort(used.logical_not().to(torch.uint8), dim=1, stable=True)[:, :U]
-                slot = F.pad(used.cumsum(1) - 1, (0, 1), value=U).gather(1, some.flatten(1)).view_as(idx)
-                bias = torch.full((B, tq, U + 1), HIDDEN, dtype=dtype, device=idx.device).scatter_(2, slot, 0.0)[..., :U]
-                yield Job(tile.queries, B, keys + first, bias)
+            elif union < seen:  # a sequence whose union is smaller than the largest is padded with keys that no query of it selects
+                for t, U, some, used in zip(range(tile.t0, tile.t1, near), counts, some.unbind(1), used.unbind(1)):
+                    slot, (b, key), keys = F.pad(used.cumsum(1) - 1, (0, 1), value=U), used.nonzero(as_tuple=True), idx.new_zeros(B, U)
+                    keys[b, slot[b, key]] = key + tile.begin
+                    bias = torch.full((B, near, U + 1), HIDDEN, dtype=dtype, device=idx.device)
+                    bias.scatter_(2, slot.gather(1, some).view(B, near, width), 0.0)
+                    yield Job(slice(t, t + near), B, keys + first[..., 0], bias[..., :U])
             else:
                 yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
 
@@ -438,23 +449,14 @@ def budgets(var, n_visible, budget):
     return torch.minimum(k.clamp(budget.k_min, budget.k_max), n_visible)
 
 
-def _variance(scores, visible, n):
-    """Population variance over the n visible keys: (B, T, S), 0/1 of the same dtype, (B, T) -> (B, T). Two passes: no cancellation."""
-    mean = (scores * visible).sum(-1) / n
-    return ((scores - mean[..., None]) * visible).square_().sum(-1) / n
-
-
 def _force(scores, visible, tile, budget):
     """Raise the forced keys above every score, in place: the query itself, its local window, its document's sinks."""
-    B, tq, _ = scores.shape
-    pos = visible.pos[:, tile.queries, None] - tile.begin  # (B or 1, tq, 1)
-    local = (pos - torch.arange(max(1, budget.n_local), device=pos.device)).clamp(min=0)
-    scores.scatter_(2, local.expand(B, tq, -1), FORCED)
-    if budget.n_sink:
-        first = 0 if visible.start is None else visible.start[:, tile.queries, None] - tile.begin
-        sinks = torch.minimum(first + torch.arange(budget.n_sink, device=pos.device), pos)
-        scores.scatter_(2, sinks.expand(B, tq, -1), FORCED)
-    return scores
+    pos = visible.pos[:, tile.queries, None]  # (B or 1, tq, 1)
+    first = torch.zeros_like(pos) if visible.start is None else visible.start[:, tile.queries, None]
+    local = torch.maximum(pos - torch.arange(max(1, budget.n_local), device=pos.device), first)
+    sinks = torch.minimum(first + torch.arange(budget.n_sink, device=pos.device), pos)
+    for keys in (local, sinks):
+        scores.scatter_(2, (keys - tile.begin).expand(len(scores), -1, -1), FORCED)
 
 
 def select_eager(index, visible, budget):
@@ -473,18 +475,35 @@ def select_eager(index, visible, budget):
 
 
 @torch.no_grad()
-def _tile_scores(index, tile, n=512):
-    """Scores of a tile, (B, tq, end-begin): all indexer heads in one product, n keys at a time so that it stays in cache."""
+def _tile_scores(index, visible, tile, n=512):
+    """
+    A tile's scores (B, tq, end-begin), hidden ones lowered by HIDDEN, number of visible keys (B or 1, tq) and Var_t (B, tq).
+    All indexer heads in one product, n keys at a time, and each of these pieces is finished while it is in cache. The
+    population variance is put together from the pieces' (Chan, Golub and LeVeque 1979): no cancellation.
+    """
     q, w = index.q[:, tile.queries], index.w[:, tile.queries]
     B, tq, Hi, di = q.shape
-    q = q.transpose(1, 2).reshape(B, Hi * tq, di) * (1 / math.sqrt(di))
-    b, w = index.b.repeat_interleave(tq)[:, None], w.transpose(1, 2)[..., None]  # (Hi·tq, 1), (B, Hi, tq, 1)
-    scores = q.new_empty(B, tq, tile.end - tile.begin)
-    for part, k in zip(scores.split(n, 2), index.k[:, tile.keys].split(n, 1)):
-        z = torch.baddbmm(b, q, k.transpose(1, 2))  # (B, Hi·tq, n)
+    q, b, w = q.reshape(B, tq * Hi, di) * (1 / math.sqrt(di)), index.b.repeat(tq)[:, None], w.reshape(B * tq, 1, Hi)
+    scores, moments = q.new_empty(B, tq, tile.end - tile.begin), []
+    for begin, x in zip(range(tile.begin, tile.end, n), scores.split(n, 2)):
+        part = tile._replace(begin=begin, end=begin + x.size(2))
+        z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, tq·Hi, n)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
-        part.copy_(z.view(B, Hi, tq, -1).mul_(w).sum(1))
-    return scores
+        x.copy_(torch.bmm(w, z.view(B * tq, Hi, -1)).view_as(x))
+        if tile.low <= begin and part.end <= tile.high:
+            count, mean = torch.full_like(x[:1, :, 0], x.size(2)), x.mean(-1)
+            square = (x - mean[..., None]).square_().sum(-1)
+        else:
+            see = visible.mask(part).to(x.dtype)  # (B or 1, tq, n)
+            count = see.sum(-1)
+            mean = (x * see).sum(-1) / count.clamp(min=1)
+            square = ((x - mean[..., None]) * see).square_().sum(-1)
+            x += visible.bias(part, x.dtype)
+        moments.append((count, mean, square))
+    count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B or 1, tq)
+    total = count.sum(0)
+    var = (square + count * (mean - (count * mean).sum(0) / total).square()).sum(0) / total
+    return scores, total.long(), var
 
 
 @jit
@@ -664,10 +683,9 @@ def _top(scores, n, step=16):
     S, flat = scores.size(-1), scores.flatten(0, 1)
     rank = math.ceil(n / step + 4 * math.sqrt(n / step)) + 1  # of the bound in the sample: 4 standard deviations on the safe side
     if S >= 4 * rank * step:
-        near = flat >= flat[:, ::step].topk(rank).values[:, -1:]
-        count = near.sum(-1)
+        row, key = (flat >= flat[:, ::step].topk(rank).values[:, -1:]).nonzero(as_tuple=True)
+        count = row.bincount(minlength=len(flat))
         if count.min() >= n and count.max() <= S // 2:
-            row, key = near.nonzero(as_tuple=True)
             place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
             few, keys = flat.new_full((len(flat), int(count.max())), -math.inf), row.new_zeros(len(flat), int(count.max()))
             few[row, place], keys[row, place] = flat[row, key], key
@@ -684,13 +702,12 @@ def _select_tiled(index, visible, budget):
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
     k, var = indices.new_zeros(B, T, dtype=torch.long), index.w.new_zeros(B, T)
     for tile in visible.tiles:
-        rows, see = tile.queries, visible.mask(tile)  # (B or 1, tq, end-begin)
-        n, seen, visible_01 = see.sum(-1), see.size(-1), see.to(index.w.dtype)
-        scores = _tile_scores(index, tile)  # (B, tq, end-begin)
+        rows, seen = tile.queries, tile.end - tile.begin
+        scores, n, var_t = _tile_scores(index, visible, tile)
         if budget.rule != "fixed":
-            var[:, rows] = _variance(scores, visible_01, n)
-        k_t = k[:, rows] = budgets(var[:, rows], n.expand(B, -1), budget)
-        scores = _force(scores, visible, tile, budget).add_(visible_01.sub_(1).mul_(-HIDDEN))
+            var[:, rows] = var_t
+        k_t = k[:, rows] = budgets(var_t, n.expand(B, -1), budget)
+        _force(scores, visible, tile, budget)
         if seen <= width + 1:
             order = scores.sort(dim=-1, descending=True, stable=True).indices
         else:

@@ -21,6 +21,7 @@ def seeded():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 queries, so that short sequences have several and unions are worth gathering."""
+    """Tiles of 16 queries, unions of 8, so that short sequences have several."""
     import kernels
     monkeypatch.setattr(kernels, "TILE", 16)
+    monkeypatch.setattr(kernels, "NEAR", 8)

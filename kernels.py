@@ -37,8 +37,8 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
-NEAR = 32  # queries that share the union of their keys, where that is cheaper (Selection.jobs). Prices, as measured on a CPU:
-SHARED = 2560  # making a union, for each key of a query, as much as so many numbers of keys in place, masked
+NEAR = 16  # queries that share the union of their keys, where that is cheaper (Selection.jobs). Prices, as measured on a CPU:
+SHARED = 3072  # making a union, for each key of a query, as much as so many numbers of keys in place, masked
 GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
 OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function

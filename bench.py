@@ -336,7 +336,7 @@ def roofline(cfg):
           "bytes counted from real selections over the chip's peak rates. Not one of these numbers is a measured speed.")
     for L in map(int, cfg.forward.split(",")):
         k, sources = min(cfg.k, L // 8), [("random keys", random_index(cfg, L))]
-        if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")) and L <= 32768:  # a forward pass over more takes too long on a CPU
+        if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")):
             sources += [(f"{cfg.out_dir}, layer {i}", index) for i, index in enumerate(checkpoint_indices(cfg, L))]
         for source, index in sources:
             union = unions(index, k)

@@ -42,6 +42,7 @@ SHARED = 3072  # making a union, for each key of a query, as much as so many num
 GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
 OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
+PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache
 TQ = 16  # queries per tile of the Triton path, at most 32
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
 PARTIAL_BYTES = 256 << 20  # of the gradients that wait to be summed
@@ -475,16 +476,16 @@ def select_eager(index, visible, budget):
 
 
 @torch.no_grad()
-def _tile_scores(index, visible, tile, n=512):
+def _tile_scores(index, visible, tile):
     """
     A tile's scores (B, tq, end-begin), hidden ones lowered by HIDDEN, number of visible keys (B or 1, tq) and Var_t (B, tq).
-    All indexer heads in one product, n keys at a time, and each of these pieces is finished while it is in cache. The
+    All indexer heads in one product, some keys at a time, and each of these pieces is finished while it is in cache. The
     population variance is put together from the pieces' (Chan, Golub and LeVeque 1979): no cancellation.
     """
     q, w = index.q[:, tile.queries], index.w[:, tile.queries]
     B, tq, Hi, di = q.shape
     q, b, w = q.reshape(B, tq * Hi, di) * (1 / math.sqrt(di)), index.b.repeat(tq)[:, None], w.reshape(B * tq, 1, Hi)
-    scores, moments = q.new_empty(B, tq, tile.end - tile.begin), []
+    scores, moments, n = q.new_empty(B, tq, tile.end - tile.begin), [], max(512, PIECE // (B * tq))
     for begin, x in zip(range(tile.begin, tile.end, n), scores.split(n, 2)):
         part = tile._replace(begin=begin, end=begin + x.size(2))
         z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, tq·Hi, n)
@@ -780,9 +781,14 @@ def _logits(q_rows, k, bias):
     return s
 
 
+def _mask_rows(bias, q):
+    """bias for every row of q: (groups or 1, 1, R·tq, U), or 1 in place of R·tq where all rows share it."""
+    return bias[:, None] if bias.size(1) == 1 else bias[:, None].repeat(1, 1, q.size(2) // bias.size(1), 1)
+
+
 def _attend_job(q, k, v, bias):
     """Masked attention: q (groups, G, R·tq, d), k, v (groups, G, U, d), bias (groups or 1, tq, U) -> o like q, LSE (groups, G, R·tq)."""
-    mask = bias[:, None].repeat(1, 1, q.size(2) // bias.size(1), 1)
+    mask = _mask_rows(bias, q)
     if FLASH and q.is_cpu:  # torch's own kernel behind scaled_dot_product_attention, which keeps the LSE to itself
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)), _logits(q, k, bias).logsumexp(-1)
@@ -790,7 +796,7 @@ def _attend_job(q, k, v, bias):
 
 def _attend_job_backward(do, q, k, v, o, lse, bias):
     """dq, dk, dv of _attend_job. P is computed again: nothing of size T·k was kept."""
-    mask = bias[:, None].repeat(1, 1, q.size(2) // bias.size(1), 1)
+    mask = _mask_rows(bias, q)
     if FLASH and q.is_cpu:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask)
     with torch.enable_grad():

@@ -43,6 +43,11 @@ import xxhash  # comes with datasets
 
 from configurator import UserError, parse, run
 
+try:
+    import orjson
+except ImportError:  # optional: json is enough, and slower
+    orjson = None
+
 BLOCK = 1 << 20  # bytes of documents that a worker takes at a time
 ROWS = 200  # the same, of tables
 SHORTEST, LONGEST = 1 << 16, 1 << 20  # bytes: a long plain text is cut into documents between these
@@ -495,6 +500,13 @@ class Encoded(NamedTuple):
     counts: Counter  # what was dropped or mended
 
 
+def _json(line):
+    """A JSON line's value, None where it is broken. What orjson refuses (NaN, lone surrogates) json may still take."""
+    for loads in (orjson.loads, json.loads) if orjson else (json.loads,):
+        with contextlib.suppress(ValueError, RecursionError):
+            return loads(line)
+
+
 def _texts(block, column, counts):
     """The block's documents as str, None where there is none."""
     if block.kind == "texts":
@@ -508,10 +520,7 @@ def _texts(block, column, counts):
         if block.kind == "lines":
             if not text.strip():
                 continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError):
-                row = None
+            row = _json(text)
             counts["no column"] += isinstance(row, dict) and column not in row
             text = row.get(column) if isinstance(row, dict) else None
         counts["repaired"] += mended and isinstance(text, str)
@@ -583,7 +592,8 @@ def encode_block(block, cfg):
 
 def encode_blocks(blocks, cfg, num_proc):
     """(Block's state, Encoded) in order, by a process pool; never more than a few blocks are held."""
-    if num_proc == 1:
+    filters = cfg.language or cfg.max_toxicity or cfg.mask_pii or cfg.dedup == "near"
+    if num_proc == 1 or cfg.tokenizer == "bytes" and not filters:  # sending bytes to a process would take longer than what it has to do
         yield from ((block.state, encode_block(block, cfg)) for block in blocks)
         return
     pool = ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)

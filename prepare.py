@@ -417,7 +417,7 @@ def table_blocks(stream, column, articles, share, state):
         try:
             table = next(batches, None)
         except Exception as e:  # the network, a broken shard: datasets raises a dozen types after its own retries
-            raise UserError(f"the stream broke off ({_line(e)}): the same command goes on from here") from None
+            raise UserError(f"the stream broke off ({_line(e)}): the same command goes on from here, unless a file of the source is damaged") from None
         if table is None:
             break
         if column not in table.column_names:

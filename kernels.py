@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -42,26 +42,39 @@ SHARED = 3072  # making a union, for each key of a query, as much as so many num
 GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
 OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
 FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
-PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache
-TQ = 16  # queries per tile of the Triton path, at most 32
+PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache,
+KEYS = 512  # but of at least so many keys
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
-PARTIAL_BYTES = 256 << 20  # of the gradients that wait to be summed
+PARTIAL_BYTES = 1 << 30  # of the gradients that wait to be summed; with less the sums are read and written more often
 PROGRAMS = 256  # enough to fill a GPU
 DETERMINISTIC = True  # dk and dv of the Triton path summed in one order; False: by atomics, faster
 HIDDEN = -1e30  # added to a masked score: exp gives exactly 0, and unlike -inf it can be added to and subtracted from
 FORCED = 1e9  # score of a key that must be selected: above all real ones
 
 
-def launch_options(name, sm, d):
+def tile_queries(sm, heads, row_bytes, index_heads=0, index_row_bytes=0):
     """
-    Keys per step, warps and pipeline stages of a kernel on a GPU of compute capability sm / 10, at head width d: of those
-    tried, the largest that spill no register at d = 64 and 128 (`python kernels.py --report`).
+    Queries per tile of the Triton path, at most 32 (a word has a bit for each): as many as make 128 rows of a matrix product with the query
+    heads of a key head or, of rows of more than 256 bytes, 64; for the indexer's loss with its heads too, before Hopper half as many. The more
+    queries share a tile, the fewer keys are gathered; with more than these the kernels spill registers.
     """
-    options = {"scores": dict(BN=64, num_warps=4, num_stages=3), "select": dict(BS=1024, num_warps=4, num_stages=1),
-               "attend": dict(BN=64, num_warps=4, num_stages=3), "attend backward": dict(BN=64, num_warps=8, num_stages=1),
+    most = lambda rows, heads, row_bytes: (rows if row_bytes <= 256 else rows // 2) >> (heads - 1).bit_length()
+    tq = min(32, most(128, heads, row_bytes))
+    return min(tq, most(128 if sm >= 90 else 64, index_heads, index_row_bytes)) if index_heads else tq
+
+
+def launch_options(name, sm, d, rows=128):
+    """
+    Keys per step, warps and pipeline stages of a kernel on a GPU of compute capability sm / 10, at head width d and so many rows to a tile: of
+    those tried, the largest that spill no register at d = 64 and 128 (`python kernels.py --report`). scores: its own queries per tile.
+    """
+    options = {"scores": dict(TQ=16, BN=64, num_warps=4, num_stages=3), "select": dict(BS=1024, num_warps=4, num_stages=1),
+               "attend": dict(BN=64, num_warps=8 if rows > 64 else 4, num_stages=3), "attend backward": dict(BN=64, num_warps=8, num_stages=1),
                "index loss": dict(BN=32, num_warps=8, num_stages=1), "sum": dict(BN=64, num_warps=4, num_stages=1)}[name]
     if (sm < 90 or d > 128) and name in ("attend", "attend backward"):
-        options["BN"] = 32
+        options["BN"] = 16 if sm < 90 and d > 64 and name == "attend backward" else 32
+    if sm < 90 and name == "index loss":
+        options["BN"] = 16
     return options
 
 
@@ -212,15 +225,15 @@ class Selection:
     budget: Tensor         # (B, T) int64, k_t = |S_t|
     indices: Tensor | None  # (B, T, max k_t) int32 in no particular order, -1 = none; None = every visible key
     var: Tensor | None = None  # (B, T) Var_t, population variance of the scores over the visible keys
-    packed: tuple | None = None  # what lists() returns, once asked for
+    packed: dict = field(default_factory=dict)  # what lists() has returned
 
-    def lists(self):
-        """The union lists of the Triton path (_pack), or nothing where every visible key is selected."""
+    def lists(self, tq):
+        """The union lists of the Triton path (_pack) by tiles of tq queries, or nothing where every visible key is selected."""
         if self.indices is None:
             return None, None, None
-        if self.packed is None:
-            self.packed = _pack(self.indices, self.visible.n_keys)
-        return self.packed
+        if tq not in self.packed:
+            self.packed[tq] = _pack(self.indices, self.visible.n_keys, tq)
+        return self.packed[tq]
 
     @classmethod
     def everything(cls, visible, B):
@@ -403,9 +416,19 @@ def _launch(pos, start):
     return pos.contiguous(), pos if start is None else start.contiguous(), pos.size(1) * (pos.size(0) > 1), start is not None, precision
 
 
-def _options(name, x):
+def _sm(x):
     major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    return launch_options(name, 10 * major + minor, x.size(-1))
+    return 10 * major + minor
+
+
+def _options(name, x, rows=128):
+    return launch_options(name, _sm(x), x.size(-1), rows)
+
+
+def _tile_queries(q, k, iq=None):
+    """tile_queries for attention by q and k or, with iq, for the indexer's loss."""
+    index = () if iq is None else (iq.size(2), iq.size(3) * iq.element_size())
+    return tile_queries(_sm(q), q.size(2) // k.size(2), q.size(3) * q.element_size(), *index)
 
 
 def _fast(x, precision):
@@ -413,9 +436,9 @@ def _fast(x, precision):
     return x.is_cuda and (x.dtype != torch.float32 or precision != "ieee")
 
 
-def _waves(n_tiles, widest, bytes_per_row, B):
-    """(first tile, number) of groups of tiles whose partial gradients fit PARTIAL_BYTES."""
-    step = max(1, PARTIAL_BYTES // (B * widest * bytes_per_row))
+def _waves(n_tiles, widest, bytes_per_row, B, S):
+    """(first tile, number) of groups of tiles whose partial gradients, and the places of the S keys among them, fit PARTIAL_BYTES."""
+    step = max(1, PARTIAL_BYTES // (B * (widest * bytes_per_row + 4 * S)))
     return [(t, min(step, n_tiles - t)) for t in range(0, n_tiles, step)]
 
 
@@ -478,39 +501,40 @@ def select_eager(index, visible, budget):
 @torch.no_grad()
 def _tile_scores(index, visible, tile):
     """
-    A tile's scores (B, tq, end-begin), hidden ones lowered by HIDDEN, number of visible keys (B or 1, tq) and Var_t (B, tq).
+    A tile's scores (B, tq, end-begin), hidden ones lowered by HIDDEN, number of visible keys and Var_t (B, tq).
     All indexer heads in one product, some keys at a time, and each of these pieces is finished while it is in cache. The
     population variance is put together from the pieces' (Chan, Golub and LeVeque 1979): no cancellation.
     """
     q, w = index.q[:, tile.queries], index.w[:, tile.queries]
     B, tq, Hi, di = q.shape
     q, b, w = q.reshape(B, tq * Hi, di) * (1 / math.sqrt(di)), index.b.repeat(tq)[:, None], w.reshape(B * tq, 1, Hi)
-    scores, moments, n = q.new_empty(B, tq, tile.end - tile.begin), [], max(512, PIECE // (B * tq))
+    scores, moments, n = q.new_empty(B, tq, tile.end - tile.begin), [], max(KEYS, PIECE // (B * tq))
+    wide = torch.promote_types(q.dtype, torch.float32)
     for begin, x in zip(range(tile.begin, tile.end, n), scores.split(n, 2)):
         part = tile._replace(begin=begin, end=begin + x.size(2))
         z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, tq·Hi, n)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
         x.copy_(torch.bmm(w, z.view(B * tq, Hi, -1)).view_as(x))
         if tile.low <= begin and part.end <= tile.high:
-            count, mean = torch.full_like(x[:1, :, 0], x.size(2)), x.mean(-1)
-            square = (x - mean[..., None]).square_().sum(-1)
+            mean = x.mean(-1, dtype=wide)  # (B, tq)
+            count, square = torch.full_like(mean, x.size(2)), (x - mean[..., None]).square_().sum(-1)
         else:
-            see = visible.mask(part).to(x.dtype)  # (B or 1, tq, n)
-            count = see.sum(-1)
+            see = visible.mask(part).to(wide)  # (B or 1, tq, n)
+            count = see.sum(-1).expand(B, -1)
             mean = (x * see).sum(-1) / count.clamp(min=1)
             square = ((x - mean[..., None]) * see).square_().sum(-1)
             x += visible.bias(part, x.dtype)
         moments.append((count, mean, square))
-    count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B or 1, tq)
+    count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B, tq)
     total = count.sum(0)
     var = (square + count * (mean - (count * mean).sum(0) / total).square()).sum(0) / total
-    return scores, total.long(), var
+    return scores, total.long(), var.to(q.dtype)
 
 
 @jit
 def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S, pos_b, n_rows,
-                   Hi: tl.constexpr, DI: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr, TQ: tl.constexpr,
-                   HAS_START: tl.constexpr, SIGMOID: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+                   Hi: tl.constexpr, DI: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
+                   HAS_START: tl.constexpr, SIGMOID: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr, TQ: tl.constexpr, BN: tl.constexpr):
     """
     Eq. 7 for n_rows queries from t0 on: (B, n_rows, S) fp32, small enough to stay in L2. Grid (tiles, key blocks, B); a
     program owns TQ queries × BN keys: 2·TQ·BN·Hi·di FLOP, TQ·BN·Hi activations, TQ·BN·4 bytes written.
@@ -537,21 +561,21 @@ def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S
 
 @jit
 def _ordered(p_row, s, pos, start, n_sink, n_local):
-    """Scores of keys s as uint32 in the order of the floats, forced keys above all; and which are visible."""
+    """Scores of keys s as uint32 in the order of the floats, forced keys above all; which are visible; and the scores."""
     see = (s >= start) & (s <= pos)
     x = tl.load(p_row + s, mask=see, other=0.0)
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)  # -0 = 0
     bits = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
     forced = (pos - s < n_local) | (s - start < n_sink)
-    return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32), see
+    return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32), see, x
 
 
 @jit
 def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var, t0, T, S, pos_b, n_rows, width,
                    k_base, k_min, k_max, n_sink, n_local, RULE: tl.constexpr, HAS_START: tl.constexpr, BS: tl.constexpr):
     """
-    Var_t, k_t (Eq. 8) and the k_t best keys of one query, ascending. Grid (n_rows, B). Reads its row of scores twice for
-    the variance, three times for a radix search of the k_t-th largest score (11, 11, 10 bits) and once to emit: what is
+    Var_t, k_t (Eq. 8) and the k_t best keys of one query, ascending. Grid (n_rows, B). Reads its row of scores three times for
+    a radix search of the k_t-th largest score (11, 11, 10 bits; the first time for the variance too) and once to emit: what is
     greater and, of what is equal, the lowest indices. The same stored scores serve all passes, so the result is exact.
     """
     i_row, i_b = tl.program_id(0), tl.program_id(1)
@@ -562,38 +586,22 @@ def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var,
     p_row = p_scores + (i_b.to(tl.int64) * n_rows + i_row) * S
     lane = tl.arange(0, BS)
     first = start // BS * BS
-    var = 0.0
-    kf = k_base * 1.0
-    if RULE != "fixed":
-        b_sum = tl.zeros([BS], tl.float32)
-        for s0 in range(first, pos + 1, BS):
-            s = s0 + lane
-            b_sum += tl.load(p_row + s, mask=(s >= start) & (s <= pos), other=0.0)
-        mean = tl.sum(b_sum, 0) / n
-        b_sum = tl.zeros([BS], tl.float32)
-        for s0 in range(first, pos + 1, BS):
-            s = s0 + lane
-            x = tl.load(p_row + s, mask=(s >= start) & (s <= pos), other=mean) - mean
-            b_sum += x * x
-        var = tl.sum(b_sum, 0) / n
-        avg = tl.load(p_var_avg)
-        ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
-        if RULE == "inverse":
-            kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
-        else:
-            kf = tl.floor(tl.minimum(k_base * ratio, k_max))
-    k = tl.minimum(tl.minimum(tl.maximum(kf.to(tl.int32), k_min), k_max), n)
-    tl.store(p_var + i_b.to(tl.int64) * T + i_t, var)
-    tl.store(p_k_t + i_b.to(tl.int64) * T + i_t, k)
-
+    # Each lane sums its scores less its first one (less another's, if that is hidden), so that squares of like size are subtracted
+    b_shift = tl.load(p_row + first + lane, mask=(first + lane >= start) & (first + lane <= pos), other=tl.load(p_row + start))
+    b_n, b_sum, b_square = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
     bins = tl.arange(0, 2048)
-    need, prefix = k, k.to(tl.uint32) * 0
+    prefix = start.to(tl.uint32) * 0
     for step in tl.static_range(3):
         b_hist = tl.zeros([2048], tl.int32)
         for s0 in range(first, pos + 1, BS):
-            key, see = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+            key, see, x = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
             if step == 0:
                 digit = key >> 21
+                if RULE != "fixed":
+                    x = tl.where(see, x - b_shift, 0.0)
+                    b_n += see.to(tl.float32)
+                    b_sum += x
+                    b_square += x * x
             elif step == 1:
                 see = see & (key >> 21 == prefix)
                 digit = (key >> 10) & 2047
@@ -601,6 +609,23 @@ def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var,
                 see = see & (key >> 10 == prefix)
                 digit = key & 1023
             b_hist += tl.histogram(digit.to(tl.int32), 2048, mask=see)
+        if step == 0:
+            var, kf = 0.0, (start * 0 + k_base).to(tl.float32)  # Triton makes a constant of an argument that is 1
+            if RULE != "fixed":
+                b_mean = b_sum / tl.maximum(b_n, 1.0)  # of the lane, less its shift
+                b_square -= b_sum * b_mean
+                b_mean += b_shift
+                mean = tl.sum(b_n * b_mean, 0) / n
+                var = tl.sum(b_square + b_n * (b_mean - mean) * (b_mean - mean), 0) / n
+                avg = tl.load(p_var_avg)
+                ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
+                if RULE == "inverse":
+                    kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
+                else:
+                    kf = tl.floor(tl.minimum(k_base * ratio, k_max))
+            need = tl.minimum(tl.minimum(tl.maximum(kf.to(tl.int32), k_min), k_max), n)
+            tl.store(p_var + i_b.to(tl.int64) * T + i_t, var)
+            tl.store(p_k_t + i_b.to(tl.int64) * T + i_t, need)
         reached = tl.cumsum(b_hist, 0, reverse=True) >= need  # this bin and those above hold enough
         best = tl.max(tl.where(reached, bins, 0), 0)
         need -= tl.sum(tl.where(bins > best, b_hist, 0), 0)
@@ -609,7 +634,7 @@ def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var,
     p_out = p_indices + (i_b.to(tl.int64) * T + i_t) * width
     ties, out = need * 0, need * 0
     for s0 in range(first, pos + 1, BS):
-        key, see = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+        key, see, _ = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
         equal = (see & (key == prefix)).to(tl.int32)
         rank = ties + tl.cumsum(equal, 0)
         take = (see & (key > prefix)) | ((equal != 0) & (rank <= need))
@@ -627,16 +652,17 @@ def _select(q: Tensor, key: Tensor, w: Tensor, b: Tensor, activation: str, pos: 
     S = key.size(1)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=q.device)
     k, var = torch.empty(B, T, dtype=torch.long, device=q.device), torch.empty(B, T, device=q.device)
-    n_rows = min(-(-T // TQ) * TQ, max(TQ, SCORES_BYTES // (4 * B * S) // TQ * TQ))
+    options = _options("scores", q)
+    tq = options["TQ"]
+    n_rows = min(-(-T // tq) * tq, max(tq, SCORES_BYTES // (4 * B * S) // tq * tq))
     scores = torch.empty(B, n_rows, S, device=q.device)
     ends = pos.amax(0)[n_rows - 1::n_rows].tolist() + [S - 1] if n_rows < T else [S - 1]  # the last key that a chunk can see
     pos, start, pos_b, has_start, precision = _launch(pos, start)
-    options = _options("scores", q)
     for t0, end in zip(range(0, T, n_rows), ends):
         rows = min(n_rows, T - t0)
-        _scores_kernel[(triton.cdiv(rows, TQ), triton.cdiv(end + 1, options["BN"]), B)](
-            q, key, w, b, pos, start, scores, 1 / math.sqrt(di), t0, T, S, pos_b, n_rows, Hi, di, _pow2(di), triton.next_power_of_2(Hi), TQ,
-            has_start, activation == "sigmoid", _fast(q, precision), precision, **options)
+        _scores_kernel[(triton.cdiv(rows, tq), triton.cdiv(end + 1, options["BN"]), B)](
+            q, key, w, b, pos, start, scores, 1 / math.sqrt(di), t0, T, S, pos_b, n_rows, Hi, di, _pow2(di), triton.next_power_of_2(Hi),
+            HAS_START=has_start, SIGMOID=activation == "sigmoid", FAST=_fast(q, precision), PRECISION=precision, **options)
         _select_kernel[(rows, B)](
             scores, pos, start, var if var_avg is None else var_avg, indices, k, var, t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max,
             n_sink, max(1, n_local), rule, has_start, **_options("select", q))
@@ -650,14 +676,14 @@ def _(q, key, w, b, activation, pos, start, rule, k_base, k_min, k_max, n_sink, 
 
 
 @torch.library.custom_op("gsa::pack", mutates_args=())
-def _pack(indices: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(indices: Tensor, n_keys: int, tq: int) -> tuple[Tensor, Tensor, Tensor]:
     """
-    A selection (B, T, k) by tiles of TQ queries: offsets (B·tiles + 1,) int64, where in the next two a tile begins; keys (n,)
+    A selection (B, T, k) by tiles of tq queries: offsets (B·tiles + 1,) int64, where in the next two a tile begins; keys (n,)
     int32, the union of its keys, ascending; words (n,) int32, bit i = its query i selects the key.
     """
     B, T, width = indices.shape
-    tiles = F.pad(indices, (0, 0, 0, -T % TQ), value=-1).view(-1, TQ, width)
-    bits = (1 << torch.arange(TQ, device=tiles.device, dtype=torch.int32))[:, None]
+    tiles = F.pad(indices, (0, 0, 0, -T % tq), value=-1).view(-1, tq, width)
+    bits = (1 << torch.arange(tq, device=tiles.device, dtype=torch.int32))[:, None]
     counts, keys, words = [], [], []
     for part in tiles.split(max(1, SCORES_BYTES // (4 * n_keys))):
         member = part.new_zeros(len(part), n_keys + 1)  # the -1s land in a column that is dropped
@@ -670,9 +696,9 @@ def _pack(indices: Tensor, n_keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_pack.register_fake
-def _(indices, n_keys):
+def _(indices, n_keys, tq):
     n = torch.library.get_ctx().new_dynamic_size()
-    tiles = indices.size(0) * ((indices.size(1) + TQ - 1) // TQ)
+    tiles = indices.size(0) * ((indices.size(1) + tq - 1) // tq)
     return indices.new_empty(tiles + 1, dtype=torch.long), indices.new_empty(n), indices.new_empty(n)
 
 
@@ -684,9 +710,10 @@ def _top(scores, n, step=16):
     S, flat = scores.size(-1), scores.flatten(0, 1)
     rank = math.ceil(n / step + 4 * math.sqrt(n / step)) + 1  # of the bound in the sample: 4 standard deviations on the safe side
     if S >= 4 * rank * step:
-        row, key = (flat >= flat[:, ::step].topk(rank).values[:, -1:]).nonzero(as_tuple=True)
-        count = row.bincount(minlength=len(flat))
+        above = flat >= flat[:, ::step].topk(rank).values[:, -1:]
+        count = above.sum(-1)
         if count.min() >= n and count.max() <= S // 2:
+            row, key = above.nonzero(as_tuple=True)
             place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
             few, keys = flat.new_full((len(flat), int(count.max())), -math.inf), row.new_zeros(len(flat), int(count.max()))
             few[row, place], keys[row, place] = flat[row, key], key
@@ -905,7 +932,7 @@ def _attend_backward_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_d
     """
     Gradients of _attend_kernel, P = exp(S - LSE) recomputed. Grid (n_tiles, G, B), tiles from tile0 on. dq stays on chip.
     A tile's share of dk and dv is added by atomics, in any order or, by default, written to its own rows, which
-    _sum_kernel adds up in the order of the tiles; p_map (B, n_tiles, S) tells it the row of a key.
+    _sum_kernel adds up in the order of the tiles; p_map (B, n_tiles, S) tells it the row of a key. They are of k's dtype.
     """
     R: tl.constexpr = H // G
     i_tile, i_g, i_b = tl.program_id(0) + tile0, tl.program_id(1), tl.program_id(2)
@@ -938,15 +965,17 @@ def _attend_backward_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_d
         b_p = tl.where(chosen, tl.exp2(b_s - lse[:, None]), 0.0)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - delta[:, None]) * scale).to(b_k.dtype)
-        b_dv = tl.dot(tl.trans(b_p.to(b_k.dtype)), b_do, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+        part = at if ATOMIC else (slot * G + i_g)[:, None] * D + d
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
-        if ATOMIC:
-            tl.atomic_add(p_dv + at, b_dv, mask=there, sem="relaxed")
-            tl.atomic_add(p_dk + at, b_dk, mask=there, sem="relaxed")
+        b_dv = tl.dot(tl.trans(b_p.to(b_k.dtype)), b_do, input_precision=PRECISION)
+        if ATOMIC:  # dv is out of the way before dk is computed: fewer registers
+            tl.atomic_add(p_dv + part, b_dv, mask=there, sem="relaxed")
         else:
-            part = (slot * G + i_g)[:, None] * D + d
             tl.store(p_dv + part, b_dv, mask=there)
+        b_dk = tl.dot(tl.trans(b_ds), b_q, input_precision=PRECISION)
+        if ATOMIC:
+            tl.atomic_add(p_dk + part, b_dk, mask=there, sem="relaxed")
+        else:
             tl.store(p_dk + part, b_dk, mask=there)
             if i_g == 0:
                 tl.store(p_map + key, slot, mask=ok)
@@ -981,14 +1010,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, keys: Tenso
             start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor]:
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
-    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    tq = _tile_queries(q, k)
+    tiles, dense = triton.cdiv(T, tq), offsets is None
     splits = min(max(1, PROGRAMS // (tiles * G * B)), triton.cdiv(S, 256))  # few queries, many keys: share the keys out
     o = torch.empty(splits, B, T, H, d, device=q.device, dtype=q.dtype if splits == 1 else torch.float32)
     lse = torch.empty(splits, B, T, H, device=q.device, dtype=torch.float32)
     pos, start, pos_b, has_start, precision = _launch(pos, start)
     _attend_kernel[(tiles, G, B * splits)](
         q, k, v, o, lse, *_lists(offsets, keys, words, pos), pos, start, 1 / math.sqrt(d), B, T, S, pos_b,
-        H, G, d, _pow2(d), triton.next_power_of_2(H // G), TQ, splits, dense, has_start, precision, **_options("attend", q))
+        H, G, d, _pow2(d), triton.next_power_of_2(H // G), tq, splits, dense, has_start, precision, **_options("attend", q, tq * H // G))
     if splits == 1:
         return o[0], lse[0]
     total = lse.logsumexp(0)
@@ -1004,21 +1034,22 @@ def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse
                      words: Tensor | None, pos: Tensor, start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
-    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    tq = _tile_queries(q, k)
+    tiles, dense = triton.cdiv(T, tq), offsets is None
     do = do.contiguous()
     delta = (do.float() * o).sum(-1)  # (B, T, H), Σ_s P·dP
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(B, S, G, d, device=q.device, dtype=torch.float32) for _ in range(2))
     pos, start, pos_b, has_start, precision = _launch(pos, start)
     widest = S if dense else int(offsets.diff().max())
-    waves = _waves(tiles, widest, 8 * G * d, B) if deterministic else [(0, tiles)]
+    waves = _waves(tiles, widest, 2 * G * d * k.element_size(), B, S) if deterministic else [(0, tiles)]
     if deterministic:
-        parts = [torch.empty(B * waves[0][1] * widest * G * d, device=q.device, dtype=torch.float32) for _ in range(2)]
+        parts = [torch.empty(B * waves[0][1] * widest * G * d, device=q.device, dtype=k.dtype) for _ in range(2)]
     for tile0, n in waves:
         at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32) if deterministic else dq
         _attend_backward_kernel[(n, G, B)](
             q, k, v, do, lse, delta, dq, *(parts if deterministic else (dk, dv)), at, *_lists(offsets, keys, words, pos), pos, start,
-            1 / math.sqrt(d), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G), TQ,
+            1 / math.sqrt(d), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G), tq,
             not deterministic, dense, has_start, precision, **_options("attend backward", q))
         if deterministic:
             for part, total in zip(parts, (dk, dv)):
@@ -1060,7 +1091,7 @@ def sparse_attention(q, k, v, selection, backend="auto"):
         return o, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
-            return _attend(*(x.contiguous() for x in (q, k, v)), *selection.lists(), selection.visible.pos, selection.visible.start, DETERMINISTIC)
+            return _attend(*(x.contiguous() for x in (q, k, v)), *selection.lists(_tile_queries(q, k)), selection.visible.pos, selection.visible.start, DETERMINISTIC)
         return _attend_tiled(q, k, v, selection)
 
 
@@ -1180,12 +1211,12 @@ def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p
         for i_g in range(G):
             row = t2 * H + i_g * R + head2
             b_q = tl.load(p_q + row[:, None] * D + d, mask=live2[:, None] & (d < D), other=0.0)
-            lse = tl.load(p_lse + row, mask=live2, other=1e30)  # exp(S - 1e30) = 0: padding rows add nothing
+            lse = tl.load(p_lse + row, mask=live2, other=1e30) * 1.4426950408889634  # exp(S - 1e30) = 0: padding rows add nothing
             at = (key * G + i_g)[:, None] * D + d
             b_k = tl.load(p_k + at, mask=ok[:, None] & (d < D), other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * 1.4426950408889634)
-            p_teacher += tl.sum(tl.reshape(tl.exp2(tl.minimum(b_s - lse[:, None] * 1.4426950408889634, 0.0)), (TQ, RP, BN)), 1)
-        p_teacher = tl.where(chosen, p_teacher / H, 0.0)
+            p_teacher += tl.sum(tl.reshape(tl.exp2(b_s - lse[:, None]), (TQ, RP, BN)), 1)
+        p_teacher = tl.where(chosen, p_teacher * (1.0 / H), 0.0)
         b_ik = tl.load(p_ik + key[:, None] * DI + di, mask=ok[:, None] & (di < DI), other=0.0)
         z = tl.dot(b_iq, tl.trans(b_ik), input_precision=PRECISION) * iscale + b_b[:, None]
         b_a = _activation(z, SIGMOID, FAST)  # (TQ·RI, BN)
@@ -1197,11 +1228,11 @@ def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p
         b_g = tl.reshape(tl.broadcast_to((b_g * tau)[:, None, :], (TQ, RI, BN)), (TQ * RI, BN))
         b_diw += tl.sum(b_g * b_a, 1)
         if SIGMOID:
-            b_dz = b_g * b_w[:, None] * b_a * (1 - b_a)
+            b_dz = b_g * b_a * (b_w[:, None] - b_w[:, None] * b_a)
         else:
             b_dz = tl.where(z > 0, b_g * b_w[:, None], 0.0)
         b_dib += tl.sum(b_dz, 1)
-        b_dz = (b_dz * iscale).to(b_ik.dtype)
+        b_dz = b_dz.to(b_ik.dtype)  # 1 / √di is left to the caller
         b_diq = tl.dot(b_dz, b_ik, b_diq, input_precision=PRECISION)
         b_dik = tl.dot(tl.trans(b_dz), b_iq, input_precision=PRECISION)
         tl.store(p_dik + slot[:, None] * DI + di, b_dik, mask=ok[:, None] & (di < DI))
@@ -1220,22 +1251,23 @@ def _index_loss(q: Tensor, k: Tensor, lse: Tensor, iq: Tensor, ik: Tensor, iw: T
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
     Hi, di = iq.shape[2:]
-    tiles, dense = triton.cdiv(T, TQ), offsets is None
+    tq = _tile_queries(q, k, iq)
+    tiles, dense = triton.cdiv(T, tq), offsets is None
     pos, start, pos_b, has_start, precision = _launch(pos, start)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
     loss, dtau, diw, dib, diq, dik = new(B, T), new(B, T), new(B, T, Hi), new(B, T, Hi), new(iq.shape), new(ik.shape).zero_()
     tau = log_tau.float().exp()
     widest = S if dense else int(offsets.diff().max())
-    waves = _waves(tiles, widest, 4 * di, B)
+    waves = _waves(tiles, widest, 4 * di, B, S)
     part = new(B * waves[0][1] * widest * di)
     for tile0, n in waves:
         at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32)
         _index_loss_kernel[(n, B)](
             q, k, lse, iq, ik, iw, ib, tau, loss, diq, part, diw, dib, dtau, at, *_lists(offsets, keys, words, pos), pos, start,
             1 / math.sqrt(d), 1 / math.sqrt(di), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G),
-            Hi, di, _pow2(di), triton.next_power_of_2(Hi), TQ, activation == "sigmoid", _fast(iq, precision), dense, has_start, precision, **_options("index loss", q))
+            Hi, di, _pow2(di), triton.next_power_of_2(Hi), tq, activation == "sigmoid", _fast(iq, precision), dense, has_start, precision, **_options("index loss", q))
         _add_up(part, at, dik[:, :, None], n, widest)
-    grads = diq, dik, diw, dib.sum((0, 1)), dtau.sum() * tau
+    grads = diq / math.sqrt(di), dik / math.sqrt(di), diw, dib.sum((0, 1)), dtau.sum() * tau
     return [loss.mean()] + [(g / (B * T)).to(x.dtype) for g, x in zip(grads, (iq, ik, iw, ib, log_tau))]
 
 
@@ -1269,7 +1301,7 @@ def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
     with torch.autocast(q.device.type, enabled=False):
         if backend == "triton":
             tensors = (x.contiguous() for x in (q.detach(), k.detach(), lse, *index[:4], log_tau))
-            return _index_loss(*tensors, *selection.lists(), selection.visible.pos, selection.visible.start, index.activation)[0]
+            return _index_loss(*tensors, *selection.lists(_tile_queries(q, k, index.q)), selection.visible.pos, selection.visible.start, index.activation)[0]
         return _index_loss_tiled(*index[:4], log_tau, index.activation, q.detach(), k.detach(), selection)
 
 
@@ -1323,25 +1355,27 @@ def compile_report(targets=(80, 90, 100)):
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    pointers = {"bf16": "q k v o do dq w iq ik iw", "i32": "indices keys words map", "i64": "pos start offsets k_t"}
+    pointers = {"bf16": "q k v o do dq", "i32": "indices keys words map", "i64": "pos start offsets k_t"}
     kinds = {"p_" + name: "*" + kind for kind, names in pointers.items() for name in names.split()}
-    kernels = {"scores": (_scores_kernel, dict(DP=64, RP=4)), "select": (_select_kernel, {}), "attend": (_attend_kernel, {}),
-               "attend backward": (_attend_backward_kernel, dict(ATOMIC=False)),
+    partial = dict.fromkeys(("p_dk", "p_dv", "p_part"), "*bf16")  # the deterministic sums; model.py's indexer is in fp32 (TF32)
+    kernels = {"scores": (_scores_kernel, dict(DP=64, RP=4, p_q="*fp32", p_k="*fp32")), "select": (_select_kernel, {}), "attend": (_attend_kernel, {}),
+               "attend backward": (_attend_backward_kernel, dict(ATOMIC=False, **partial)),
                "attend backward, atomics": (_attend_backward_kernel, dict(ATOMIC=True)),
-               "sum": (_sum_kernel, {}), "index loss": (_index_loss_kernel, {})}
+               "sum": (_sum_kernel, partial), "index loss": (_index_loss_kernel, {})}
     for H, G, d in ((16, 4, 128), (12, 4, 64)):
-        sizes = dict(H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G), Hi=4, DI=64, DIP=64, RI=4, TQ=TQ, SPLITS=1, DENSE=False,
+        sizes = dict(H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G), Hi=4, DI=64, DIP=64, RI=4, SPLITS=1, DENSE=False,
                      HAS_START=True, SIGMOID=True, FAST=True, PRECISION="tf32", RULE="inverse")
         for name, (kernel, more) in kernels.items():
             signature = {}
             for p in kernel.params:
                 kind = "*fp32" if p.name.startswith("p_") else "fp32" if p.name in ("scale", "iscale") else "i32"
-                signature[p.name] = "constexpr" if p.is_constexpr else kinds.get(p.name, kind)
+                signature[p.name] = "constexpr" if p.is_constexpr else more.get(p.name, kinds.get(p.name, kind))
             at = {p.name: (p.num,) for p in kernel.params}
             aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
             for sm in targets:
                 options = launch_options(name.split(",")[0], sm, d)
-                constants = {at[n]: (sizes | more | options)[n] for n, kind in signature.items() if kind == "constexpr"}
+                tq = tile_queries(sm, H // G, 2 * d, *((4, 4 * 64) if name == "index loss" else ()))
+                constants = {at[n]: (sizes | dict(TQ=tq) | more | options)[n] for n, kind in signature.items() if kind == "constexpr"}
                 launch = {k: v for k, v in options.items() if k.startswith("num_")}
                 binary = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", sm, 32), options=launch)
                 yield dict(kernel=name, sm=sm, H=H, G=G, d=d, shared=binary.metadata.shared, **_resources(binary.asm["cubin"]))

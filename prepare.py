@@ -89,7 +89,7 @@ class PrepareConfig:
     name: str = ""  # output folder under data_dir; default: the dataset's short name
     tokenizer: str = ""  # gpt2 | cl100k_base | o200k_base | bytes | llama3:PATH | tiktoken:PATH; default: bytes for demo, else gpt2
     num_tokens: int = 0  # stop after this many, of all machines together; 0 = all (demo: 8 million)
-    num_proc: int = 0  # tokenizer processes; 0 = one per core
+    num_proc: int = 0  # tokenizer processes; 0 = one per core. Bytes without filters take one
     val_fraction: float = 0.0  # share of documents held out; 0 = the preset's (--list), else 0.005
     shard_tokens: int = 0  # tokens to a file train_000.bin …; 0 = one file train.bin
     text_column: str = ""  # of .jsonl, .parquet and hub rows; default: the preset's, else text
@@ -590,10 +590,16 @@ def encode_block(block, cfg):
     return Encoded(ids, lengths, np.array([len(r) for r in raws], dtype=np.int64), held_out, keys, counts)
 
 
-def encode_blocks(blocks, cfg, num_proc):
-    """(Block's state, Encoded) in order, by a process pool; never more than a few blocks are held."""
+def processes(cfg):
+    """How many encode: one for bytes without filters, which take longer to send to another than to encode."""
     filters = cfg.language or cfg.max_toxicity or cfg.mask_pii or cfg.dedup == "near"
-    if num_proc == 1 or cfg.tokenizer == "bytes" and not filters:  # sending bytes to a process would take longer than what it has to do
+    return 1 if cfg.tokenizer == "bytes" and not filters else cfg.num_proc or os.cpu_count()
+
+
+def encode_blocks(blocks, cfg):
+    """(Block's state, Encoded) in order, by a process pool if there is more than one process; never more than a few blocks are held."""
+    num_proc = processes(cfg)
+    if num_proc == 1:
         yield from ((block.state, encode_block(block, cfg)) for block in blocks)
         return
     pool = ProcessPoolExecutor(num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
@@ -805,7 +811,7 @@ def _pass(cfg, folder, tokenizer, what, blocks, saved, files):
     total = sum(w.totals["tokens"] for w in writers.values())
     began, last = time.time(), time.time()
     with tqdm(total=cfg.num_tokens // cfg.world_size or None, initial=total, unit="tok", unit_scale=True, desc=cfg.name, mininterval=1) as bar:
-        results = files.enter_context(contextlib.closing(encode_blocks(blocks(state), cfg, cfg.num_proc or os.cpu_count())))
+        results = files.enter_context(contextlib.closing(encode_blocks(blocks(state), cfg)))
         for state, e in results if total < limit else ():
             counts += e.counts
             if not total and counts["no column"] and not len(e.lengths):
@@ -981,7 +987,7 @@ def decompressed(paths, column):
 def estimate(cfg, sample=8 << 20, seconds=20):
     """Measure the front of the data in this process, write nothing. Returns and prints tokens, disk bytes and hours."""
     what, paths, blocks = open_source(cfg)
-    tokenizer, num_proc = Tokenizer(cfg.tokenizer), cfg.num_proc or os.cpu_count()
+    tokenizer, num_proc = Tokenizer(cfg.tokenizer), processes(cfg)
     source_bytes = text_bytes = tokens = 0
     began = time.time()
     for block in blocks(None):

@@ -55,6 +55,23 @@ def test_select_equals_reference(seed, ties, docs):
         torch.testing.assert_close(tiled.var, eager.var, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("visible", [Visible.causal(90, torch.arange(90) // torch.tensor([[100], [40]])), Visible(torch.arange(90) + torch.tensor([[0], [5]]), 95)])
+def test_select_of_several_sequences(visible):
+    """Keys that all queries of a tile see beside keys that some do, in two sequences of different documents or positions."""
+    torch.manual_seed(4)
+    index = Index(torch.randn(2, 90, 2, 4), torch.randn(2, visible.n_keys, 4), torch.rand(2, 90, 2), torch.randn(2))
+    tiled, eager = (kernels.select(index, visible, Budget("inverse", 9, 3, 15, var_avg=torch.tensor(0.02)), b) for b in ("torch", "eager"))
+    assert torch.equal(tiled.mask(), eager.mask()) and torch.equal(tiled.budget, eager.budget)
+    torch.testing.assert_close(tiled.var, eager.var)
+
+
+def test_keys_are_counted_exactly_in_bf16():
+    """A bf16 number holds no 259: k_t must not reach a key that is hidden."""
+    *_, index, visible, _ = make(3, torch.bfloat16, T=300)
+    selection = kernels.select(index, visible, Budget("fixed", 512, 512, 512), "torch")
+    assert torch.equal(selection.budget, torch.arange(1, 301).expand_as(selection.budget)) and torch.equal(selection.mask(), visible.mask().expand(len(index.q), -1, -1))
+
+
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_reference_follows_the_definition(seed, docs):
@@ -103,15 +120,34 @@ def test_top_equals_topk_and_its_bound_is_used():
     assert widest["random"] < 1000 and widest["misleading"] == 4000
 
 
-@pytest.mark.parametrize("route", ["tiles", "unions", "queries", "everything", "without flash"])
+def take_route(monkeypatch, route):
+    """Prices at which the PyTorch path goes this way wherever a tile's queries have to choose."""
+    monkeypatch.setattr(kernels, "SHARED", 1000 if route == "tiles" else 0)
+    monkeypatch.setattr(kernels, "GATHER", 0 if route.startswith("queries") else 1000)
+    monkeypatch.setattr(kernels, "OVERHEAD", 0)
+    monkeypatch.setattr(kernels, "FLASH", "without flash" not in route)
+
+
+ROUTES = ["tiles", "unions", "queries", "unions without flash", "queries without flash"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_routes_are_taken(route, monkeypatch):
+    taken = set()
+    take_route(monkeypatch, route)
+    for seed in range(8):
+        q, *_, index, visible, budget = make(200 + seed)
+        selection = kernels.select(index, visible, budget)
+        taken |= {"tiles" if isinstance(job.keys, slice) else "queries" if job.bias.size(1) == 1 else "unions" for job in selection.jobs(q.dtype, q[0, 0].numel())}
+    assert taken == {"tiles", route.split()[0]}  # the first queries see few keys and select them all
+
+
+@pytest.mark.parametrize("route", ["everything", *ROUTES])
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seed", range(8))
 def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route, monkeypatch):
-    monkeypatch.setattr(kernels, "GATHER", 0 if route == "queries" else 1000)
-    monkeypatch.setattr(kernels, "OVERHEAD", 0)
-    monkeypatch.setattr(kernels, "SHARED", 0 if route == "unions" else 1000)
-    monkeypatch.setattr(kernels, "FLASH", route != "without flash")
+    take_route(monkeypatch, route)
     q, k, v, index, visible, budget = make(200 + seed, dtype, docs=docs)
     log_tau = torch.tensor(1.3, dtype=dtype)
     selection = Selection.everything(visible, len(q)) if route == "everything" else kernels.select(index, visible, budget)
@@ -126,12 +162,11 @@ def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route,
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("gather", [0, 1000])
+@pytest.mark.parametrize("route", ["tiles", "unions", "queries"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_pytorchs(dtype, gather, monkeypatch):
+def test_low_precision_is_as_good_as_pytorchs(dtype, route, monkeypatch):
     """Errors against fp32 at most twice those of the eager reference in the same dtype."""
-    monkeypatch.setattr(kernels, "GATHER", gather)
-    monkeypatch.setattr(kernels, "OVERHEAD", 0)
+    take_route(monkeypatch, route)
     q, k, v, index, visible, budget = make(31, torch.float32, T=80)
     selection = kernels.select(index, visible, budget)
     direction, results = torch.randn_like(q), []
@@ -152,8 +187,7 @@ def test_unions_equal_tiles(monkeypatch):
     index = Index(*(torch.zeros(B, T, *s, dtype=torch.float64) for s in ((1, 2), (2,), (1,))), torch.zeros(1, dtype=torch.float64))
     index.q[..., 0], index.k[..., 0], index.w[:] = 1, torch.randn(B, T), 1  # every query ranks the keys alike
     selection = kernels.select(index, Visible.causal(T), Budget("fixed", 6, 1, 6))
-    monkeypatch.setattr(kernels, "GATHER", 1000)
-    monkeypatch.setattr(kernels, "SHARED", 0)
+    take_route(monkeypatch, "unions")
     jobs = list(selection.jobs(torch.float64, 32))
     assert [job.bias.size(1) for job in jobs] == [8] * 36 + [12]
     assert all(job.groups == B and 6 <= job.keys.size(1) < 30 for job in jobs[2:])

@@ -114,17 +114,21 @@ def test_half_precision_is_as_good_as_pytorch():
         assert ours <= 2 * theirs + 1e-6 * b.abs().max()
 
 
-def test_tiles_hold_the_selection():
-    *_, index, visible = layer(3, 45, B=2, docs=0.05)
+@pytest.mark.parametrize("R,d,tq", [(2, 16, 32), (8, 16, 16), (8, 80, 8)])
+def test_tiles_hold_the_selection(R, d, tq):
+    q, k, _, index, visible = layer(3, 85, B=2, R=R, d=d, docs=0.05)
+    assert kernels._tile_queries(q, k) == tq
     selection = kernels.select(index, visible, Budget("fixed", 9, 9, 9))
-    offsets, keys, words = selection.lists()
-    mask, tiles = torch.zeros(2, 48, 45, dtype=torch.bool), 3
+    offsets, keys, words = selection.lists(tq)
+    tiles = -(-85 // tq)
+    mask = torch.zeros(2, tiles * tq, 85, dtype=torch.bool)
+    assert len(offsets) == 2 * tiles + 1
     for i in range(2 * tiles):
         part = slice(offsets[i], offsets[i + 1])
         assert (keys[part].diff() > 0).all() and (words[part] != 0).all()
-        for q in range(kernels.TQ):
-            mask[i // tiles, i % tiles * kernels.TQ + q, keys[part].long()] = (words[part] >> q & 1).bool()
-    assert torch.equal(mask[:, :45], selection.mask()) and not mask[:, 45:].any()
+        for j in range(tq):
+            mask[i // tiles, i % tiles * tq + j, keys[part].long()] = (words[part] >> j & 1).bool()
+    assert torch.equal(mask[:, :85], selection.mask()) and not mask[:, 85:].any()
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -143,6 +147,21 @@ def test_few_queries_against_a_long_cache(T, monkeypatch):
     for s in (selection, Selection.everything(visible, B)):
         for a, b in zip(*(kernels.sparse_attention(at(q), k, v, s, backend) for backend in ("triton", "eager"))):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_selection_from_a_long_cache():
+    """Several blocks of keys to a row; one score far from all others, which are alike, is where a variance would lose its digits."""
+    B, T, S = 2, 2, 5000
+    *_, index, _ = layer(11, S, B=B)
+    k = 0.01 * index.k
+    k[:, 1500] *= 1e4
+    index = index._replace(q=index.q[:, -T:], w=index.w[:, -T:], k=k)
+    visible = Visible(torch.tensor([[S - 2, S - 1], [3000, 4500]]), S, torch.tensor([[0, 0], [1500, 4499]]))
+    budget = Budget("inverse", 700, 50, 1400, n_sink=1, n_local=3, var_avg=torch.tensor(1e-3))
+    got, want = (kernels.select(index, visible, budget, backend) for backend in ("triton", "eager"))
+    double = kernels.select(Index(*(x.double() for x in index[:4])), visible, budget, "eager")
+    torch.testing.assert_close(got.var.double(), double.var, rtol=1e-5, atol=1e-9)
+    assert torch.equal(got.budget, want.budget) and torch.equal(got.mask(), want.mask())
 
 
 @pytest.mark.parametrize("warmup", [False, True])

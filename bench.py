@@ -10,7 +10,7 @@ Time and peak memory of GSA beside dense attention (SDPA) of the same shape, as 
 
 forward: selection and attention. train: the same with the index loss and all gradients. decode: one token against a cache.
 layer: a training step of a whole layer, projections and gates included. On a CPU every case runs in a process of its own, so
-that its peak memory (maximum resident set, about 0.4 GB of it PyTorch itself) is its own. Inputs are random, the worst case: in
+that its peak memory (maximum resident set, about 0.5 GB of it PyTorch and what this one has used) is its own. Inputs are random, the worst case: in
 a trained model neighbouring queries choose similar keys (--roofline counts how similar), as they do with --similar. u is the number of
 different keys of 16 neighbours over that of one. The last line is JSON.
 """
@@ -221,7 +221,7 @@ def cpu(cfg):
         if t:
             stages = {"scores": t["scores"], "top-k": t.pop("select") - t.pop("scores"), **t}
         if "gather" in t:
-            stages["attention"] = stages.pop("attend") - t["gather"]
+            stages["attention"] = max(0.0, stages.pop("attend") - t["gather"])
         rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
         u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)

@@ -226,7 +226,7 @@ def cpu(cfg):
         u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
         print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
-              f"{result['gsa']['peak_mb']:7.0f} {u or 0:5.1f}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
+              f"{result['gsa']['peak_mb']:7.0f} {f'{u:.1f}' if u else '':>5}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
     return dict(machine=platform.processor() or platform.machine(), rows=rows)
 
 

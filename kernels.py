@@ -72,8 +72,8 @@ def launch_options(name, sm, d, rows=128):
                "attend": dict(BN=64, num_warps=8 if rows > 64 else 4, num_stages=3), "attend backward": dict(BN=64, num_warps=8, num_stages=1),
                "index loss": dict(BN=32, num_warps=8, num_stages=1), "sum": dict(BN=64, num_warps=4, num_stages=1)}[name]
     if (sm < 90 or d > 128) and name in ("attend", "attend backward"):
-        options["BN"] = 16 if sm < 90 and d > 64 and name == "attend backward" else 32
-    if sm < 90 and name == "index loss":
+        options["BN"] = 32
+    if sm < 90 and (name == "index loss" or name == "attend backward" and d > 64):
         options["BN"] = 16
     return options
 
@@ -1373,8 +1373,8 @@ def compile_report(targets=(80, 90, 100)):
             at = {p.name: (p.num,) for p in kernel.params}
             aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
             for sm in targets:
-                options = launch_options(name.split(",")[0], sm, d)
-                tq = tile_queries(sm, H // G, 2 * d, *((4, 4 * 64) if name == "index loss" else ()))
+                tq = tile_queries(sm, H // G, 2 * d, *((sizes["Hi"], 4 * sizes["DI"]) if name == "index loss" else ()))
+                options = launch_options(name.split(",")[0], sm, d, tq * H // G)
                 constants = {at[n]: (sizes | dict(TQ=tq) | more | options)[n] for n, kind in signature.items() if kind == "constexpr"}
                 launch = {k: v for k, v in options.items() if k.startswith("num_")}
                 binary = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", sm, 32), options=launch)

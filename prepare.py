@@ -590,10 +590,15 @@ def encode_block(block, cfg):
     return Encoded(ids, lengths, np.array([len(r) for r in raws], dtype=np.int64), held_out, keys, counts)
 
 
+def filter_packages(cfg):
+    """(module, package if it is called otherwise) of every filter of cfg that needs one: those that take long."""
+    wanted = ((cfg.language, "py3langid"), (cfg.max_toxicity, "profanity_check", "alt-profanity-check"), (cfg.mask_pii, "datafog"), (cfg.dedup == "near", "rensa"))
+    return [package for on, *package in wanted if on]
+
+
 def processes(cfg):
-    """How many encode: one for bytes without filters, which take longer to send to another than to encode."""
-    filters = cfg.language or cfg.max_toxicity or cfg.mask_pii or cfg.dedup == "near"
-    return 1 if cfg.tokenizer == "bytes" and not filters else cfg.num_proc or os.cpu_count()
+    """How many encode: one for bytes without such filters, which take longer to send to another than to encode."""
+    return 1 if cfg.tokenizer == "bytes" and not filter_packages(cfg) else cfg.num_proc or os.cpu_count()
 
 
 def encode_blocks(blocks, cfg):
@@ -796,10 +801,8 @@ def prepare(cfg):
 def _pass(cfg, folder, tokenizer, what, blocks, saved, files):
     from tqdm import tqdm
     limit = cfg.num_tokens // cfg.world_size or float("inf")
-    for wanted, *package in ((cfg.language, "py3langid"), (cfg.max_toxicity, "profanity_check", "alt-profanity-check"), (cfg.mask_pii, "datafog"),
-                             (cfg.dedup == "near", "rensa")):
-        if wanted:
-            optional(*package)  # said now, not by a worker
+    for package in filter_packages(cfg):
+        optional(*package)  # said now, not by a worker
     writers = {s: files.enter_context(contextlib.closing(Writer(folder, s, tokenizer.dtype, cfg.shard_tokens, saved.get(s)))) for s in ("train", "val")}
     counts, seen, state = Counter(saved.get("counts")), Seen(folder, saved.get("seen", 0)), saved.get("state")
     meta = dict(dataset=cfg.dataset, source=what, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, separator=tokenizer.separator,

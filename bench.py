@@ -129,8 +129,9 @@ def case(cfg, what, T, device, dtype, backend):
             for tile in visible.tiles:
                 kernels._tile_scores(index, visible, tile)
 
+        @torch.no_grad()
         def gather():
-            take = kernels._take_both(k, v, q.size(1))
+            take = kernels._take_both(k, v, q.size(1), kernels.Scratch())
             for job in selection.jobs(torch.float32, q[0, 0].numel()):
                 take(job)
         return {"scores": scores, "select": select, **({} if train else {"gather": gather}), **own}  # a training step gathers several times

@@ -37,11 +37,11 @@ except ImportError:  # made for Linux; the other paths need none of it
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
+ROWS = 64  # of them at a time where they attend to keys in place: logits that stay in cache
 NEAR = 16  # queries that share the union of their keys, where that is cheaper (Selection.jobs). Prices, as measured on a CPU:
 SHARED = 3072  # making a union, for each key of a query, as much as so many numbers of keys in place, masked
 GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
 OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
-FLASH = True  # on a CPU take the kernel of torch that gives the LSE too; elsewhere, and without, its public function
 PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache,
 KEYS = 512  # but of at least so many keys
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -188,27 +188,28 @@ class Visible:
 
 
 class Job(NamedTuple):
-    """A piece of the PyTorch path's work: groups of neighbouring queries, each group over keys of its own."""
-    queries: slice  # of each sequence
-    groups: int  # B or, where every query is a group by itself, B · queries
+    """A piece of the PyTorch path's work: keys, fetched once, and the neighbouring queries that attend to them, in parts."""
+    groups: int  # B or, where every query is a group by itself, B times the queries
     keys: slice | Tensor  # of each sequence; (groups, U) int64 into all B·S keys
-    bias: Tensor  # (groups or 1, queries of a group, U), 0 or HIDDEN
+    parts: list  # of (queries, a slice of each sequence; which of the keys, a slice; bias (groups or 1, queries of a group, keys), 0 or HIDDEN)
 
-    def pick(self, x):
-        """(B, T, ...) -> (groups, tq, ...), the job's queries."""
-        x = x[:, self.queries]
+    def pick(self, x, queries):
+        """(B, T, ...) -> (groups, tq, ...), these queries."""
+        x = x[:, queries]
         return x.reshape(self.groups, -1, *x.shape[2:])
 
-    def store(self, out, x):
-        """The inverse of pick: x (groups, tq, ...) into out (B, T, ...)."""
-        out = out[:, self.queries]
-        out.copy_(x.reshape(out.shape))
+    def store(self, out, queries, x):
+        """The inverse of pick: x (groups, tq, ...) into out (B, T, ...); a dimension of out may be several of x."""
+        out = out[:, queries]
+        out.view(len(out), -1, *x.shape[1:]).copy_(x.view(len(out), -1, *x.shape[1:]))
 
-    def take(self, x):
+    def take(self, x, scratch, name="keys"):
         """The job's keys: (B, S, G, d) -> (groups, G, U, d). Gathered, a key's G·d numbers stay together: one copy of a long row."""
         if isinstance(self.keys, slice):
             return x[:, self.keys].transpose(1, 2)
-        return x.reshape(-1, x[0, 0].numel()).index_select(0, self.keys.flatten()).view(*self.keys.shape, *x.shape[2:]).transpose(1, 2)
+        rows = x.reshape(-1, x[0, 0].numel())
+        rows = torch.index_select(rows, 0, self.keys.flatten(), out=scratch(x, name, self.keys.numel(), rows.size(1)))
+        return rows.view(*self.keys.shape, *x.shape[2:]).transpose(1, 2)
 
     def put(self, grad, x):
         """The adjoint of take: add x (groups, G, U, d) to grad (B, S, G, d) in place."""
@@ -216,6 +217,17 @@ class Job(NamedTuple):
             grad[:, self.keys] += x.transpose(1, 2)
         else:
             grad.view(-1, grad[0, 0].numel()).index_add_(0, self.keys.flatten(), x.transpose(1, 2).flatten(2).flatten(0, 1))
+
+
+class Scratch(dict):
+    """Memory that one job after the other uses: mapping the pages of new memory took a CPU up to a tenth of the time."""
+
+    def __call__(self, like, name, *shape):
+        """An uninitialised tensor of like's dtype and device, where the last one of this name was."""
+        name, n = (name, like.dtype), math.prod(shape)
+        if name not in self or self[name].numel() < n:
+            self[name] = like.new_empty(n)
+        return self[name][:n].view(shape)
 
 
 @dataclass
@@ -269,7 +281,7 @@ class Selection:
         for tile in self.visible.tiles:
             tq, seen, width = tile.t1 - tile.t0, tile.end - tile.begin, 0 if self.indices is None else self.indices.size(-1)
             if not width or tq > 1 and seen <= width + SHARED * width // row:
-                yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
+                yield self._in_place(tile, dtype)
                 continue
             idx = self.indices[:, tile.queries].long()  # (B, tq, k)
             if tq > 1:
@@ -282,16 +294,26 @@ class Selection:
                 step, bias = max(1, together // B), (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
                 for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first).split(step, 1), bias.split(step, 1)):
                     keys, bias = (x.flatten(0, 1) for x in parts)  # (B · step, k)
-                    yield Job(slice(t, t + parts[0].size(1)), len(keys), keys, bias[:, None])
-            elif union < seen:  # a sequence whose union is smaller than the largest is padded with keys that no query of it selects
-                for t, U, some, used in zip(range(tile.t0, tile.t1, near), counts, some.unbind(1), used.unbind(1)):
-                    slot, (b, key), keys = F.pad(used.cumsum(1) - 1, (0, 1), value=U), used.nonzero(as_tuple=True), idx.new_zeros(B, U)
-                    keys[b, slot[b, key]] = key + tile.begin
-                    bias = torch.full((B, near, U + 1), HIDDEN, dtype=dtype, device=idx.device)
-                    bias.scatter_(2, slot.gather(1, some).view(B, near, width), 0.0)
-                    yield Job(slice(t, t + near), B, keys + first[..., 0], bias[..., :U])
+                    yield Job(len(keys), keys, [(slice(t, t + parts[0].size(1)), slice(None), bias[:, None])])
+            elif union < seen:  # a union smaller than the largest is padded with keys that no query selects
+                most = max(counts)
+                slot, (b, i, key), keys = F.pad(used.cumsum(-1) - 1, (0, 1), value=most), used.nonzero(as_tuple=True), idx.new_zeros(B, len(counts), most)
+                keys[b, i, slot[b, i, key]] = key + tile.begin
+                keys += first
+                bias = torch.full((B, len(counts), near, most + 1), HIDDEN, dtype=dtype, device=idx.device)
+                bias.scatter_(3, slot.gather(2, some).view(B, -1, near, width), 0.0)
+                for t, U, keys, bias in zip(range(tile.t0, tile.t1, near), counts, keys.unbind(1), bias.unbind(1)):
+                    yield Job(B, keys[:, :U], [(slice(t, t + near), slice(U), bias[..., :U])])
             else:
-                yield Job(tile.queries, B, tile.keys, self.bias(tile, dtype))
+                yield self._in_place(tile, dtype)
+
+    def _in_place(self, tile, dtype):
+        """The job of a tile over the keys it sees, some queries at a time (positions increase: those before the last see less)."""
+        parts = []
+        for t, bias in zip(range(tile.t0, tile.t1, ROWS), self.bias(tile, dtype).split(ROWS, 1)):
+            keys = slice(0, tile.end - tile.begin - (tile.t1 - t - bias.size(1)))
+            parts.append((slice(t, t + bias.size(1)), keys, bias[..., keys]))
+        return Job(len(self.budget), tile.keys, parts)
 
 
 def check_backend(backend, x=None):
@@ -702,24 +724,22 @@ def _(indices, n_keys, tq):
     return indices.new_empty(tiles + 1, dtype=torch.long), indices.new_empty(n), indices.new_empty(n)
 
 
-def _top(scores, n, step=16):
-    """
-    scores.topk(n) of (B, tq, S). Where S is much more than n, of those keys only that are not below a bound with at least n
-    above it, guessed from every step-th score: three times faster than going through all of S.
-    """
-    S, flat = scores.size(-1), scores.flatten(0, 1)
-    rank = math.ceil(n / step + 4 * math.sqrt(n / step)) + 1  # of the bound in the sample: 4 standard deviations on the safe side
-    if S >= 4 * rank * step:
-        above = flat >= flat[:, ::step].topk(rank).values[:, -1:]
-        count = above.sum(-1)
-        if count.min() >= n and count.max() <= S // 2:
-            row, key = above.nonzero(as_tuple=True)
-            place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-            few, keys = flat.new_full((len(flat), int(count.max())), -math.inf), row.new_zeros(len(flat), int(count.max()))
-            few[row, place], keys[row, place] = flat[row, key], key
-            top, order = few.topk(n)
-            return top.view(*scores.shape[:2], n), keys.gather(1, order).view(*scores.shape[:2], n)
-    return scores.topk(n)
+def _greatest(scores, k, n):
+    """Places of the k (rows,) greatest of each row of scores (rows, S), of equals the first: (rows, n >= k.max()), in no order, -1 = none."""
+    # topk takes as many of every row, so n - k infinities join it; and one more, which tells of a tie: -inf, where there is no other
+    extra = torch.arange(n - int(k.min()) + 1, device=k.device) < (n - k)[:, None]
+    x = torch.cat((scores, torch.where(extra, math.inf, -math.inf)), 1).add_(0.0)  # -0 = 0
+    bits = x.view({4: torch.int32, 8: torch.int64}[x.element_size()])  # integers in the order of the floats: no NaN to look for, a third faster
+    bits ^= (bits >> (8 * x.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max)
+    top, order = bits.topk(n + 1, sorted=False)
+    last, at = top.min(-1, keepdim=True)
+    order = order.scatter_(1, at, order[:, -1:].clone())[:, :n]
+    order.masked_fill_(order >= scores.size(1), -1)
+    tied = ((top == last).sum(-1) > 1).nonzero()[:, 0]  # topk kept any of the equals, a stable sort keeps the first
+    if len(tied):
+        first = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :n]
+        order[tied] = F.pad(first, (0, n - first.size(1))).masked_fill(torch.arange(n, device=k.device) >= k[tied, None], -1)
+    return order
 
 
 @torch.compiler.disable
@@ -736,17 +756,9 @@ def _select_tiled(index, visible, budget):
             var[:, rows] = var_t
         k_t = k[:, rows] = budgets(var_t, n.expand(B, -1), budget)
         _force(scores, visible, tile, budget)
-        if seen <= width + 1:
-            order = scores.sort(dim=-1, descending=True, stable=True).indices
-        else:
-            top, order = _top(scores, width + 1)
-            # A tie across the boundary: topk kept any of the equals, a stable sort keeps the lowest index.
-            tied = (top.gather(2, k_t[..., None] - 1) == top.gather(2, k_t[..., None]))[..., 0].nonzero(as_tuple=True)
-            if len(tied[0]):
-                order[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width + 1]
         n = min(width, seen)
-        picked = torch.arange(n, device=k.device) < k_t[..., None]
-        indices[:, rows, :n] = (order[..., :n] + tile.begin).masked_fill(~picked, -1).int()
+        order = _greatest(scores.flatten(0, 1), k_t.flatten(), n).view(B, -1, n)
+        indices[:, rows, :n] = torch.where(order < 0, order, order + tile.begin)
     return Selection(visible, k, indices, var)
 
 
@@ -792,51 +804,51 @@ def _rows(x, G):
 
 
 def _unrows(x, tq):
-    """The inverse of _rows: (B, G, R·tq, d) -> (B, tq, H, d)."""
-    B, G, rows, d = x.shape
-    return x.reshape(B, G, rows // tq, tq, d).permute(0, 3, 1, 2, 4).reshape(B, tq, -1, d)
+    """The inverse of _rows, heads in two dimensions: (B, G, R·tq, ...) -> (B, tq, G, R, ...)."""
+    B, G, rows = x.shape[:3]
+    return x.view(B, G, rows // tq, tq, *x.shape[3:]).movedim(3, 1)
 
 
-def _logits(q_rows, k, bias):
+def _product(a, b, out, beta=0):
+    """a @ b + β·out of (groups, G, m, n) and (groups, G, n, p) into out, group by group: in four dimensions what is not contiguous would be copied."""
+    for i in range(len(a)):
+        out[i].baddbmm_(a[i], b[i], beta=beta)
+    return out
+
+
+def _logits(q_rows, k, bias, scratch):
     """q·k/√d + bias, at least fp32: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
     q_rows = q_rows * (1 / math.sqrt(q_rows.size(-1)))
-    s = q_rows.new_empty(*q_rows.shape[:3], k.size(2))
-    for s_i, q_i, k_i in zip(s, q_rows, k.transpose(2, 3)):
-        torch.bmm(q_i, k_i, out=s_i)  # one by one: a product of four dimensions would copy k first
-    s = s.to(bias.dtype)
+    s = _product(q_rows, k.transpose(2, 3), scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2))).to(bias.dtype)
     s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
     return s
 
 
-def _mask_rows(bias, q):
-    """bias for every row of q: (groups or 1, 1, R·tq, U), or 1 in place of R·tq where all rows share it."""
-    return bias[:, None] if bias.size(1) == 1 else bias[:, None].repeat(1, 1, q.size(2) // bias.size(1), 1)
-
-
-def _attend_job(q, k, v, bias):
+def _attend_job(q, k, v, bias, scratch):
     """Masked attention: q (groups, G, R·tq, d), k, v (groups, G, U, d), bias (groups or 1, tq, U) -> o like q, LSE (groups, G, R·tq)."""
-    mask = _mask_rows(bias, q)
-    if FLASH and q.is_cpu:  # torch's own kernel behind scaled_dot_product_attention, which keeps the LSE to itself
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)), _logits(q, k, bias).logsumexp(-1)
+    s = _logits(q, k, bias, scratch)
+    largest = s.amax(-1)
+    p = torch.softmax(s, -1, out=s)  # in place
+    return _product(p.to(v.dtype), v, torch.empty_like(q)), largest - p.amax(-1).log()  # the largest P is 1 / Σ exp(S - largest)
 
 
-def _attend_job_backward(do, q, k, v, o, lse, bias):
-    """dq, dk, dv of _attend_job. P is computed again: nothing of size T·k was kept."""
-    mask = _mask_rows(bias, q)
-    if FLASH and q.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, False, attn_mask=mask)
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype)), (q, k, v), do)
+def _attend_job_backward(do, q, o, k, v, dk, dv, bias, scratch):
+    """dq of _attend_job; dk and dv are added to. P is computed again: nothing of size T·k was kept."""
+    s = _logits(q, k, bias, scratch)
+    p = torch.softmax(s, -1, out=s)
+    ds = _product(do, v.transpose(2, 3), scratch(do, "ds", *p.shape)).to(p.dtype)
+    ds = ds.sub_((do.to(p.dtype) * o).sum(-1, keepdim=True)).mul_(p).mul_(1 / math.sqrt(q.size(-1))).to(q.dtype)
+    _product(p.to(do.dtype).transpose(2, 3), do, dv, 1)
+    _product(ds.transpose(2, 3), q, dk, 1)
+    return _product(ds, k, torch.empty_like(q))
 
 
-def _take_both(k, v, T):
+def _take_both(k, v, T, scratch):
     """A job's keys and values. For many queries k and v are first laid side by side, so that one copy of a long row gathers both."""
     if T <= TILE:
-        return lambda job: (job.take(k), job.take(v))
+        return lambda job: (job.take(k, scratch), job.take(v, scratch, "values"))
     kv = torch.cat((k, v), -1)
-    return lambda job: job.take(kv).chunk(2, -1)
+    return lambda job: job.take(kv, scratch).chunk(2, -1)
 
 
 class _SparseAttention(torch.autograd.Function):
@@ -844,30 +856,36 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, selection):
-        G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
+        G, dtype, scratch = k.size(2), torch.promote_types(q.dtype, torch.float32), Scratch()
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:3], device=q.device, dtype=dtype)
-        take = _take_both(k, v, q.size(1))
+        take = _take_both(k, v, q.size(1), scratch)
         for job in selection.jobs(dtype, q[0, 0].numel()):
-            o_t, lse_t = _attend_job(_rows(job.pick(q), G), *take(job), job.bias)
-            job.store(o, _unrows(o_t, job.bias.size(1)))
-            job.store(lse, _unrows(lse_t[..., None], job.bias.size(1))[..., 0])
-        ctx.save_for_backward(q, k, v, o, lse)
+            k_t, v_t = take(job)
+            for queries, keys, bias in job.parts:
+                o_t, lse_t = _attend_job(_rows(job.pick(q, queries), G), k_t[:, :, keys], v_t[:, :, keys], bias, scratch)
+                job.store(o, queries, _unrows(o_t, bias.size(1)))
+                job.store(lse, queries, _unrows(lse_t, bias.size(1)))
+        ctx.save_for_backward(q, k, v, o)
         ctx.selection = selection
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, _):
-        q, k, v, o, lse = ctx.saved_tensors
-        G, dtype = k.size(2), torch.promote_types(q.dtype, torch.float32)
-        take = _take_both(k, v, q.size(1))
+        q, k, v, o = ctx.saved_tensors
+        G, dtype, scratch = k.size(2), torch.promote_types(q.dtype, torch.float32), Scratch()
+        take = _take_both(k, v, q.size(1), scratch)
         dq, dkv = torch.empty_like(q), torch.zeros(*k.shape[:3], 2 * k.size(3), device=k.device, dtype=dtype)
         for job in ctx.selection.jobs(dtype, q[0, 0].numel()):
-            do_t, q_t, o_t, lse_t = (_rows(job.pick(x), G) for x in (do, q, o, lse))
-            dq_t, dk_t, dv_t = _attend_job_backward(do_t, q_t, *take(job), o_t, lse_t[..., 0], job.bias)
-            job.store(dq, _unrows(dq_t, job.bias.size(1)))
-            job.put(dkv, torch.cat((dk_t, dv_t), -1).to(dtype))
+            k_t, v_t = take(job)
+            dkv_t = scratch(k, "dkv", *k_t.shape[:3], 2 * k.size(3)).zero_()
+            dk_t, dv_t = dkv_t.chunk(2, -1)
+            for queries, keys, bias in job.parts:
+                do_t, q_t, o_t = (_rows(job.pick(x, queries), G) for x in (do, q, o))
+                dq_t = _attend_job_backward(do_t, q_t, o_t, *(x[:, :, keys] for x in (k_t, v_t, dk_t, dv_t)), bias, scratch)
+                job.store(dq, queries, _unrows(dq_t, bias.size(1)))
+            job.put(dkv, dkv_t.to(dtype))
         dk, dv = dkv.to(k.dtype).chunk(2, -1)
         return dq, dk.contiguous(), dv.contiguous(), None
 
@@ -1116,34 +1134,38 @@ class _IndexLoss(torch.autograd.Function):
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
         dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
+        scratch = Scratch()
         for job in selection.jobs(iq.dtype, q[0, 0].numel(), together=8):
-            bias, q_t, w_t = job.bias, job.pick(iq), job.pick(iw)  # (groups, tq, Hi, di), (groups, tq, Hi)
-            p = _logits(_rows(job.pick(q), G), job.take(k), bias).softmax(-1)
-            p = p.view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)
-            k_t = job.take(ik[:, :, None])[:, 0]  # (groups, U, di)
-            acts, scores = [], 0
-            for j in range(Hi):
-                z = torch.baddbmm(ib[j], q_t[:, :, j], k_t.transpose(1, 2), alpha=scale)
-                acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
-                scores = scores + acts[j] * w_t[:, :, j, None]
-            logits = torch.add(bias, scores * tau)
-            student = logits.softmax(-1)
-            log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
-            loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
-            g = student.sub_(p)  # gradient with respect to τ·I
-            dtau += (g * scores).sum() * tau
-            g *= tau
-            dk_t, dq_t, dw_t = torch.zeros_like(k_t), torch.empty_like(q_t), torch.empty_like(w_t)
-            for j, a in enumerate(acts):
-                dw_t[:, :, j] = (g * a).sum(-1)
-                slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
-                dz = slope.mul_(g).mul_(w_t[:, :, j, None])
-                db[j] += dz.sum()
-                dq_t[:, :, j] = (dz @ k_t).mul_(scale)
-                dk_t.baddbmm_(dz.transpose(1, 2), q_t[:, :, j], alpha=scale)
-            job.store(dq, dq_t)
-            job.store(dw, dw_t)
-            job.put(dk[:, :, None], dk_t[:, None])
+            k_all, ik_all = job.take(k, scratch), job.take(ik[:, :, None], scratch, "index keys")[:, 0]  # (groups, G, U, d), (groups, U, di)
+            dk_all = torch.zeros_like(ik_all, memory_format=torch.contiguous_format)
+            for queries, keys, bias in job.parts:
+                q_t, w_t = job.pick(iq, queries), job.pick(iw, queries)  # (groups, tq, Hi, di), (groups, tq, Hi)
+                s = _logits(_rows(job.pick(q, queries), G), k_all[:, :, keys], bias, scratch)
+                p = torch.softmax(s, -1, out=s).view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)
+                k_t, dk_t = ik_all[:, keys], dk_all[:, keys]
+                acts, scores = [], 0
+                for j in range(Hi):
+                    z = torch.baddbmm(ib[j], q_t[:, :, j], k_t.transpose(1, 2), alpha=scale)
+                    acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
+                    scores = scores + acts[j] * w_t[:, :, j, None]
+                logits = torch.add(bias, scores * tau)
+                student = logits.softmax(-1)
+                log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
+                loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
+                g = student.sub_(p)  # gradient with respect to τ·I
+                dtau += (g * scores).sum() * tau
+                g *= tau
+                dq_t, dw_t = torch.empty_like(q_t), torch.empty_like(w_t)
+                for j, a in enumerate(acts):
+                    dw_t[:, :, j] = (g * a).sum(-1)
+                    slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
+                    dz = slope.mul_(g).mul_(w_t[:, :, j, None])
+                    db[j] += dz.sum()
+                    dq_t[:, :, j] = (dz @ k_t).mul_(scale)
+                    dk_t.baddbmm_(dz.transpose(1, 2), q_t[:, :, j], alpha=scale)
+                job.store(dq, queries, dq_t)
+                job.store(dw, queries, dw_t)
+            job.put(dk[:, :, None], dk_all[:, None])
         ctx.save_for_backward(dq, dk, dw, db, dtau)
         ctx.n = B * T
         return loss / ctx.n
@@ -1324,7 +1346,7 @@ def attention_report(q, k, selection):
     choosing = later = 0
     for tile in visible.tiles:
         rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys].transpose(1, 2), visible.bias(tile, dtype)).softmax(-1)
+        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys].transpose(1, 2), visible.bias(tile, dtype), Scratch()).softmax(-1)
         p = p.view(q.size(0), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]

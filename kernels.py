@@ -809,17 +809,17 @@ def _unrows(x, tq):
     return x.view(B, G, rows // tq, tq, *x.shape[3:]).movedim(3, 1)
 
 
-def _product(a, b, out, beta=0):
-    """a @ b + β·out of (groups, G, m, n) and (groups, G, n, p) into out, group by group: in four dimensions what is not contiguous would be copied."""
+def _product(a, b, out, alpha=1, beta=0):
+    """α·a @ b + β·out of (groups, G, m, n) and (groups, G, n, p) into out, group by group: in four dimensions what is not contiguous would be copied."""
     for i in range(len(a)):
-        out[i].baddbmm_(a[i], b[i], beta=beta)
+        out[i].baddbmm_(a[i], b[i], alpha=alpha, beta=beta)
     return out
 
 
 def _logits(q_rows, k, bias, scratch):
     """q·k/√d + bias, at least fp32: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
-    q_rows = q_rows * (1 / math.sqrt(q_rows.size(-1)))
-    s = _product(q_rows, k.transpose(2, 3), scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2))).to(bias.dtype)
+    s = scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2))
+    s = _product(q_rows, k.transpose(2, 3), s, 1 / math.sqrt(q_rows.size(-1))).to(bias.dtype)
     s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
     return s
 
@@ -834,13 +834,13 @@ def _attend_job(q, k, v, bias, scratch):
 
 def _attend_job_backward(do, q, o, k, v, dk, dv, bias, scratch):
     """dq of _attend_job; dk and dv are added to. P is computed again: nothing of size T·k was kept."""
-    s = _logits(q, k, bias, scratch)
+    s, scale = _logits(q, k, bias, scratch), 1 / math.sqrt(q.size(-1))
     p = torch.softmax(s, -1, out=s)
     ds = _product(do, v.transpose(2, 3), scratch(do, "ds", *p.shape)).to(p.dtype)
-    ds = ds.sub_((do.to(p.dtype) * o).sum(-1, keepdim=True)).mul_(p).mul_(1 / math.sqrt(q.size(-1))).to(q.dtype)
-    _product(p.to(do.dtype).transpose(2, 3), do, dv, 1)
-    _product(ds.transpose(2, 3), q, dk, 1)
-    return _product(ds, k, torch.empty_like(q))
+    ds = ds.sub_((do.to(p.dtype) * o).sum(-1, keepdim=True)).mul_(p).to(q.dtype)
+    _product(p.to(do.dtype).transpose(2, 3), do, dv, beta=1)
+    _product(ds.transpose(2, 3), q, dk, scale, beta=1)
+    return _product(ds, k, torch.empty_like(q), scale)
 
 
 def _take_both(k, v, T, scratch):

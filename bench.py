@@ -303,15 +303,23 @@ def checkpoint_indices(cfg, L):
 
 
 def unions(index, k, sizes=(8, 16, 32, 64)):
-    """Mean number of keys in the union of as many neighbouring queries, for each of `sizes`, and mean k_t; from 8 places along the text."""
+    """
+    Mean number of keys in the union of as many neighbouring queries, for each of `sizes`; mean k_t; and "few", the share of a row's scores that
+    _select_kernel sets aside. From 8 places along the text.
+    """
     L = index.q.size(1)
     counts = {n: [] for n in sizes}
     for end in torch.linspace(L / 8, L, 8).long().tolist():
         part = index._replace(q=index.q[:, end - 64:end], w=index.w[:, end - 64:end], k=index.k[:, :end])
-        mask = kernels.select(part, kernels.Visible(torch.arange(end - 64, end, device=part.q.device)[None], end), kernels.Budget("fixed", k, 1, k)).mask()[0]
+        visible = kernels.Visible(torch.arange(end - 64, end, device=part.q.device)[None], end)
+        mask = kernels.select(part, visible, kernels.Budget("fixed", k, 1, k)).mask()[0]
         for n in sizes:
             counts[n].append(mask.view(64 // n, n, end).any(1).sum(-1).float().mean().item())
         counts.setdefault("k", []).append(mask.sum(-1).float().mean().item())
+        scores = kernels.index_scores_eager(part)[0].masked_fill(~visible.mask()[0], -torch.inf)
+        low, high = (f(scores[:, :1024], -1, keepdim=True) for f in (torch.amin, torch.amax))
+        place = lambda x: ((x - low) * 2046 / (high - low)).clamp(0, 2046).floor()
+        counts.setdefault("few", []).append((place(scores) == place(scores.topk(k).values[:, -1:])).float().mean().item())
     return {n: statistics.mean(c) for n, c in counts.items()}
 
 
@@ -327,7 +335,7 @@ def bounds(cfg, L, union):
         "dense attention": {"tensor": 4 * pairs * H * d, "MUFU": pairs * H},
         "dense backward": {"tensor": 10 * pairs * H * d, "MUFU": pairs * H},
         "scores": {"tensor": 2 * pairs * Hi * di, "MUFU": pairs * Hi, "L2": 4 * pairs},
-        "select": {"L2": 4 * 4 * pairs},  # three walks for the radix search, the first for the variance too, and one to emit
+        "select": {"L2": (2 * 4 + union["few"] * (4 + 4 * 8)) * pairs},  # a row of scores twice; keys set aside, written once and four times read with their scores
         "pack": {"HBM": 4 * 4 * tiles * L},  # zeros, scatter, two passes of nonzero
         "attend": {"tensor": 2 * product, "MUFU": tiles * U * TQ * H, "L2": gather + 8 * tiles * U},
         "attend backward": {"tensor": 5 * product, "MUFU": tiles * U * TQ * H, "L2": gather, "HBM": sums(gather, 2 * L * G * d * 4) + 2 * places},

@@ -582,48 +582,104 @@ def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S
 
 
 @jit
-def _ordered(p_row, s, pos, start, n_sink, n_local):
-    """Scores of keys s as uint32 in the order of the floats, forced keys above all; which are visible; and the scores."""
-    see = (s >= start) & (s <= pos)
-    x = tl.load(p_row + s, mask=see, other=0.0)
-    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)  # -0 = 0
-    bits = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
-    forced = (pos - s < n_local) | (s - start < n_sink)
-    return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32), see, x
+def _row_scores(p_row, s, there, pos, start, n_sink, n_local):
+    """A row's scores of keys s, which of them are visible, and which forced."""
+    see = there & (s >= start) & (s <= pos)
+    return tl.load(p_row + s, mask=see, other=0.0), see, (pos - s < n_local) | (s - start < n_sink)
 
 
 @jit
-def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var, t0, T, S, pos_b, n_rows, width,
+def _bin(x, forced, low, scale):
+    """One of 2048 bins of equal width from `low` on, in the order of the scores: what is beyond them in the outer ones, forced keys in the last."""
+    b_bin = tl.minimum(tl.maximum((x - low) * scale, 0.0), 2046.0).to(tl.int32)
+    return tl.where(forced, 2047, b_bin)
+
+
+@jit
+def _ordered(x, forced):
+    """Scores as uint32 in the order of the floats, forced keys above all."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)  # -0 = 0
+    bits = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32)
+
+
+@jit
+def _kth(b_hist, need):
+    """The bin with the need-th greatest, and how many of it are needed after the bins above."""
+    bins = tl.arange(0, 2048)
+    best = tl.max(tl.where(tl.cumsum(b_hist, 0, reverse=True) >= need, bins, 0), 0)
+    return best, need - tl.sum(tl.where(bins > best, b_hist, 0), 0)
+
+
+@jit
+def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var, t0, T, S, pos_b, n_rows, width,
                    k_base, k_min, k_max, n_sink, n_local, RULE: tl.constexpr, HAS_START: tl.constexpr, BS: tl.constexpr):
     """
-    Var_t, k_t (Eq. 8) and the k_t best keys of one query, ascending. Grid (n_rows, B). Reads its row of scores three times for
-    a radix search of the k_t-th largest score (11, 11, 10 bits; the first time for the variance too) and once to emit: what is
-    greater and, of what is equal, the lowest indices. The same stored scores serve all passes, so the result is exact.
+    Var_t, k_t (Eq. 8) and the k_t best keys of one query. Grid (n_rows, B). Reads its row of scores twice: for a histogram of 2048
+    bins and the variance; and to emit the keys of the bins above that of the k_t-th largest score and to set aside those of that
+    bin, about one in a thousand, into p_few (B, n_rows, S). Among these a radix search (11, 11, 10 bits) finds the k_t-th largest,
+    and what is greater is emitted and, of what is equal, the lowest indices. The same stored scores serve all passes: exact.
     """
     i_row, i_b = tl.program_id(0), tl.program_id(1)
     i_t = t0 + i_row
     pos = tl.load(p_pos + i_b * pos_b + i_t).to(tl.int32)
     start = tl.load(p_start + i_b * T + i_t).to(tl.int32) if HAS_START else pos * 0
     n = pos - start + 1
-    p_row = p_scores + (i_b.to(tl.int64) * n_rows + i_row) * S
+    i_scores = (i_b.to(tl.int64) * n_rows + i_row) * S
+    p_row, p_few = p_scores + i_scores, p_few + i_scores
+    p_out = p_indices + (i_b.to(tl.int64) * T + i_t) * width
     lane = tl.arange(0, BS)
     first = start // BS * BS
-    # Each lane sums its scores less its first one (less another's, if that is hidden), so that squares of like size are subtracted
-    b_shift = tl.load(p_row + first + lane, mask=(first + lane >= start) & (first + lane <= pos), other=tl.load(p_row + start))
+    # The bins span the scores of the first keys. Squares are of scores less the mean of these: of like size, when they are subtracted
+    x, see, forced = _row_scores(p_row, start + lane, lane >= 0, pos, start, n_sink, n_local)
+    low, high = tl.min(tl.where(see, x, float("inf")), 0), tl.max(tl.where(see, x, float("-inf")), 0)
+    shift, scale = tl.sum(x, 0) / tl.minimum(n, BS), 2046 / tl.maximum(high - low, 1e-30)
     b_n, b_sum, b_square = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
-    bins = tl.arange(0, 2048)
+    b_hist = tl.zeros([2048], tl.int32)
+    for s0 in range(first, pos + 1, BS):
+        x, see, forced = _row_scores(p_row, s0 + lane, lane >= 0, pos, start, n_sink, n_local)
+        b_hist += tl.histogram(_bin(x, forced, low, scale), 2048, mask=see)
+        if RULE != "fixed":
+            x = tl.where(see, x - shift, 0.0)
+            b_n += see.to(tl.float32)
+            b_sum += x
+            b_square += x * x
+    var, kf = 0.0, (start * 0 + k_base).to(tl.float32)  # Triton makes a constant of an argument that is 1
+    if RULE != "fixed":
+        b_mean = b_sum / tl.maximum(b_n, 1.0)  # of the lane
+        mean = tl.sum(b_sum, 0) / n
+        var = tl.sum(b_square - b_sum * b_mean + b_n * (b_mean - mean) * (b_mean - mean), 0) / n
+        avg = tl.load(p_var_avg)
+        ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
+        if RULE == "inverse":
+            kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
+        else:
+            kf = tl.floor(tl.minimum(k_base * ratio, k_max))
+    need = tl.minimum(tl.minimum(tl.maximum(kf.to(tl.int32), k_min), k_max), n)
+    tl.store(p_var + i_b.to(tl.int64) * T + i_t, var)
+    tl.store(p_k_t + i_b.to(tl.int64) * T + i_t, need)
+    best, need = _kth(b_hist, need)
+
+    out, n_few = need * 0, need * 0
+    for s0 in range(first, pos + 1, BS):
+        x, see, forced = _row_scores(p_row, s0 + lane, lane >= 0, pos, start, n_sink, n_local)
+        b_bin = _bin(x, forced, low, scale)
+        above, among = (see & (b_bin > best)).to(tl.int32), (see & (b_bin == best)).to(tl.int32)
+        tl.store(p_out + out + tl.cumsum(above, 0) - 1, s0 + lane, mask=above != 0)
+        tl.store(p_few + n_few + tl.cumsum(among, 0) - 1, s0 + lane, mask=among != 0)
+        out += tl.sum(above, 0)
+        n_few += tl.sum(among, 0)
+    tl.debug_barrier()  # other threads read what these have set aside
+
     prefix = start.to(tl.uint32) * 0
     for step in tl.static_range(3):
         b_hist = tl.zeros([2048], tl.int32)
-        for s0 in range(first, pos + 1, BS):
-            key, see, x = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+        for i in range(0, n_few, BS):
+            s = tl.load(p_few + i + lane, mask=i + lane < n_few, other=0)
+            x, see, forced = _row_scores(p_row, s, i + lane < n_few, pos, start, n_sink, n_local)
+            key = _ordered(x, forced)
             if step == 0:
                 digit = key >> 21
-                if RULE != "fixed":
-                    x = tl.where(see, x - b_shift, 0.0)
-                    b_n += see.to(tl.float32)
-                    b_sum += x
-                    b_square += x * x
             elif step == 1:
                 see = see & (key >> 21 == prefix)
                 digit = (key >> 10) & 2047
@@ -631,39 +687,19 @@ def _select_kernel(p_scores, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var,
                 see = see & (key >> 10 == prefix)
                 digit = key & 1023
             b_hist += tl.histogram(digit.to(tl.int32), 2048, mask=see)
-        if step == 0:
-            var, kf = 0.0, (start * 0 + k_base).to(tl.float32)  # Triton makes a constant of an argument that is 1
-            if RULE != "fixed":
-                b_mean = b_sum / tl.maximum(b_n, 1.0)  # of the lane, less its shift
-                b_square -= b_sum * b_mean
-                b_mean += b_shift
-                mean = tl.sum(b_n * b_mean, 0) / n
-                var = tl.sum(b_square + b_n * (b_mean - mean) * (b_mean - mean), 0) / n
-                avg = tl.load(p_var_avg)
-                ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
-                if RULE == "inverse":
-                    kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
-                else:
-                    kf = tl.floor(tl.minimum(k_base * ratio, k_max))
-            need = tl.minimum(tl.minimum(tl.maximum(kf.to(tl.int32), k_min), k_max), n)
-            tl.store(p_var + i_b.to(tl.int64) * T + i_t, var)
-            tl.store(p_k_t + i_b.to(tl.int64) * T + i_t, need)
-        reached = tl.cumsum(b_hist, 0, reverse=True) >= need  # this bin and those above hold enough
-        best = tl.max(tl.where(reached, bins, 0), 0)
-        need -= tl.sum(tl.where(bins > best, b_hist, 0), 0)
+        best, need = _kth(b_hist, need)
         prefix = (prefix << (10 if step == 2 else 11)) | best.to(tl.uint32)
 
-    p_out = p_indices + (i_b.to(tl.int64) * T + i_t) * width
-    ties, out = need * 0, need * 0
-    for s0 in range(first, pos + 1, BS):
-        key, see, _ = _ordered(p_row, s0 + lane, pos, start, n_sink, n_local)
+    ties = need * 0
+    for i in range(0, n_few, BS):
+        s = tl.load(p_few + i + lane, mask=i + lane < n_few, other=0)
+        x, see, forced = _row_scores(p_row, s, i + lane < n_few, pos, start, n_sink, n_local)
+        key = _ordered(x, forced)
         equal = (see & (key == prefix)).to(tl.int32)
-        rank = ties + tl.cumsum(equal, 0)
-        take = (see & (key > prefix)) | ((equal != 0) & (rank <= need))
-        place = out + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(p_out + place, s0 + lane, mask=take)
+        take = ((see & (key > prefix)) | ((equal != 0) & (ties + tl.cumsum(equal, 0) <= need))).to(tl.int32)
+        tl.store(p_out + out + tl.cumsum(take, 0) - 1, s, mask=take != 0)
         ties += tl.sum(equal, 0)
-        out += tl.sum(take.to(tl.int32), 0)
+        out += tl.sum(take, 0)
 
 
 @torch.library.custom_op("gsa::select", mutates_args=())
@@ -677,7 +713,7 @@ def _select(q: Tensor, key: Tensor, w: Tensor, b: Tensor, activation: str, pos: 
     options = _options("scores", q)
     tq = options["TQ"]
     n_rows = min(-(-T // tq) * tq, max(tq, SCORES_BYTES // (4 * B * S) // tq * tq))
-    scores = torch.empty(B, n_rows, S, device=q.device)
+    scores, few = torch.empty(B, n_rows, S, device=q.device), torch.empty(B, n_rows, S, device=q.device, dtype=torch.int32)
     ends = pos.amax(0)[n_rows - 1::n_rows].tolist() + [S - 1] if n_rows < T else [S - 1]  # the last key that a chunk can see
     pos, start, pos_b, has_start, precision = _launch(pos, start)
     for t0, end in zip(range(0, T, n_rows), ends):
@@ -686,7 +722,7 @@ def _select(q: Tensor, key: Tensor, w: Tensor, b: Tensor, activation: str, pos: 
             q, key, w, b, pos, start, scores, 1 / math.sqrt(di), t0, T, S, pos_b, n_rows, Hi, di, _pow2(di), triton.next_power_of_2(Hi),
             HAS_START=has_start, SIGMOID=activation == "sigmoid", FAST=_fast(q, precision), PRECISION=precision, **options)
         _select_kernel[(rows, B)](
-            scores, pos, start, var if var_avg is None else var_avg, indices, k, var, t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max,
+            scores, few, pos, start, var if var_avg is None else var_avg, indices, k, var, t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max,
             n_sink, max(1, n_local), rule, has_start, **_options("select", q))
     return k, indices, var
 
@@ -1377,7 +1413,7 @@ def compile_report(targets=(80, 90, 100)):
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    pointers = {"bf16": "q k v o do dq", "i32": "indices keys words map", "i64": "pos start offsets k_t"}
+    pointers = {"bf16": "q k v o do dq", "i32": "indices few keys words map", "i64": "pos start offsets k_t"}
     kinds = {"p_" + name: "*" + kind for kind, names in pointers.items() for name in names.split()}
     partial = dict.fromkeys(("p_dk", "p_dv", "p_part"), "*bf16")  # the deterministic sums; model.py's indexer is in fp32 (TF32)
     kernels = {"scores": (_scores_kernel, dict(DP=64, RP=4, p_q="*fp32", p_k="*fp32")), "select": (_select_kernel, {}), "attend": (_attend_kernel, {}),

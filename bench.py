@@ -304,8 +304,8 @@ def checkpoint_indices(cfg, L):
 
 def unions(index, k, sizes=(8, 16, 32, 64)):
     """
-    Mean number of keys in the union of as many neighbouring queries, for each of `sizes`; mean k_t; and "few", the share of a row's scores that
-    _select_kernel sets aside. From 8 places along the text.
+    Mean number of keys in the union of as many neighbouring queries, for each of `sizes`; mean k_t; and "few", the keys that _select_kernel
+    sets aside for a query. From 8 places along the text.
     """
     L = index.q.size(1)
     counts = {n: [] for n in sizes}
@@ -319,7 +319,7 @@ def unions(index, k, sizes=(8, 16, 32, 64)):
         scores = kernels.index_scores_eager(part)[0].masked_fill(~visible.mask()[0], -torch.inf)
         low, high = (f(scores[:, :1024], -1, keepdim=True) for f in (torch.amin, torch.amax))
         place = lambda x: ((x - low) * 2046 / (high - low)).clamp(0, 2046).floor()
-        counts.setdefault("few", []).append((place(scores) == place(scores.topk(k).values[:, -1:])).float().mean().item())
+        counts.setdefault("few", []).append((place(scores) == place(scores.topk(k).values[:, -1:])).sum(-1).float().mean().item())
     return {n: statistics.mean(c) for n, c in counts.items()}
 
 
@@ -335,7 +335,7 @@ def bounds(cfg, L, union):
         "dense attention": {"tensor": 4 * pairs * H * d, "MUFU": pairs * H},
         "dense backward": {"tensor": 10 * pairs * H * d, "MUFU": pairs * H},
         "scores": {"tensor": 2 * pairs * Hi * di, "MUFU": pairs * Hi, "L2": 4 * pairs},
-        "select": {"L2": (2 * 4 + union["few"] * (4 + 4 * 8)) * pairs},  # a row of scores twice; keys set aside, written once and four times read with their scores
+        "select": {"L2": 2 * 4 * pairs + (4 + 4 * 8) * L * union["few"]},  # a row of scores twice; the few, written once, four times read with their scores
         "pack": {"HBM": 4 * 4 * tiles * L},  # zeros, scatter, two passes of nonzero
         "attend": {"tensor": 2 * product, "MUFU": tiles * U * TQ * H, "L2": gather + 8 * tiles * U},
         "attend backward": {"tensor": 5 * product, "MUFU": tiles * U * TQ * H, "L2": gather, "HBM": sums(gather, 2 * L * G * d * 4) + 2 * places},

@@ -617,7 +617,7 @@ def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t,
     """
     Var_t, k_t (Eq. 8) and the k_t best keys of one query. Grid (n_rows, B). Reads its row of scores twice: for a histogram of 2048
     bins and the variance; and to emit the keys of the bins above that of the k_t-th largest score and to set aside those of that
-    bin, about one in a thousand, into p_few (B, n_rows, S). Among these a radix search (11, 11, 10 bits) finds the k_t-th largest,
+    bin, one in a thousand and what equals them, into p_few (B, n_rows, S). Among these a radix search (11, 11, 10 bits) finds the k_t-th largest,
     and what is greater is emitted and, of what is equal, the lowest indices. The same stored scores serve all passes: exact.
     """
     i_row, i_b = tl.program_id(0), tl.program_id(1)

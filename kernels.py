@@ -143,7 +143,7 @@ def document_starts(doc, pos, last_doc=None, last_start=None):
 @dataclass
 class Visible:
     """Which keys a query may attend to: those at its own position or before, down to the start of its document."""
-    pos: Tensor                  # (B or 1, T) position of each query among the keys, increasing along T
+    pos: Tensor                  # (B or 1, T) position of each query among the keys, strictly increasing along T
     n_keys: int                  # S
     start: Tensor | None = None  # (B, T) first position of the query's document; None = 0
 
@@ -226,7 +226,8 @@ class Scratch(dict):
         """An uninitialised tensor of like's dtype and device, where the last one of this name was."""
         name, n = (name, like.dtype), math.prod(shape)
         if name not in self or self[name].numel() < n:
-            self[name] = like.new_empty(n)
+            self.pop(name, None)
+            self[name] = like.new_empty(1 << n.bit_length())  # jobs grow along a sequence: not each of them anew
         return self[name][:n].view(shape)
 
 
@@ -489,7 +490,7 @@ def budgets(var, n_visible, budget):
         if budget.rule == "eq8":
             k = (budget.k_base * ratio).clamp(max=budget.k_max).floor().long()
         elif budget.rule == "inverse":  # DEVIATION: the direction that the paper's prose describes
-            k = (budget.k_base * (0.5 + 1 / (1 + ratio))).round().long()
+            k = (budget.k_base * (0.5 + 1 / (1 + ratio)) + 0.5).floor().long()
         else:
             raise ValueError(f"k_rule {budget.rule!r} is not one of inverse, eq8, fixed")
     return torch.minimum(k.clamp(budget.k_min, budget.k_max), n_visible)
@@ -531,17 +532,16 @@ def _tile_scores(index, visible, tile):
     B, tq, Hi, di = q.shape
     q, b, w = q.reshape(B, tq * Hi, di) * (1 / math.sqrt(di)), index.b.repeat(tq)[:, None], w.reshape(B * tq, 1, Hi)
     scores, moments, n = q.new_empty(B, tq, tile.end - tile.begin), [], max(KEYS, PIECE // (B * tq))
-    wide = torch.promote_types(q.dtype, torch.float32)
     for begin, x in zip(range(tile.begin, tile.end, n), scores.split(n, 2)):
         part = tile._replace(begin=begin, end=begin + x.size(2))
         z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, tq·Hi, n)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
         x.copy_(torch.bmm(w, z.view(B * tq, Hi, -1)).view_as(x))
         if tile.low <= begin and part.end <= tile.high:
-            mean = x.mean(-1, dtype=wide)  # (B, tq)
+            mean = x.mean(-1)  # (B, tq)
             count, square = torch.full_like(mean, x.size(2)), (x - mean[..., None]).square_().sum(-1)
         else:
-            see = visible.mask(part).to(wide)  # (B or 1, tq, n)
+            see = visible.mask(part).to(x.dtype)  # (B or 1, tq, n)
             count = see.sum(-1).expand(B, -1)
             mean = (x * see).sum(-1) / count.clamp(min=1)
             square = ((x - mean[..., None]) * see).square_().sum(-1)
@@ -550,7 +550,7 @@ def _tile_scores(index, visible, tile):
     count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B, tq)
     total = count.sum(0)
     var = (square + count * (mean - (count * mean).sum(0) / total).square()).sum(0) / total
-    return scores, total.long(), var.to(q.dtype)
+    return scores, total.long(), var
 
 
 @jit
@@ -583,8 +583,8 @@ def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S
 
 @jit
 def _row_scores(p_row, s, there, pos, start, n_sink, n_local):
-    """A row's scores of keys s, which of them are visible, and which forced."""
-    see = there & (s >= start) & (s <= pos)
+    """A row's scores of keys s, where they are there and visible; which are; and which forced."""
+    see = there & (s >= start)
     return tl.load(p_row + s, mask=see, other=0.0), see, (pos - s < n_local) | (s - start < n_sink)
 
 
@@ -631,13 +631,13 @@ def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t,
     lane = tl.arange(0, BS)
     first = start // BS * BS
     # The bins span the scores of the first keys. Squares are of scores less the mean of these: of like size, when they are subtracted
-    x, see, forced = _row_scores(p_row, start + lane, lane >= 0, pos, start, n_sink, n_local)
+    x, see, forced = _row_scores(p_row, start + lane, start + lane <= pos, pos, start, n_sink, n_local)
     low, high = tl.min(tl.where(see, x, float("inf")), 0), tl.max(tl.where(see, x, float("-inf")), 0)
     shift, scale = tl.sum(x, 0) / tl.minimum(n, BS), 2046 / tl.maximum(high - low, 1e-30)
     b_n, b_sum, b_square = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
     b_hist = tl.zeros([2048], tl.int32)
     for s0 in range(first, pos + 1, BS):
-        x, see, forced = _row_scores(p_row, s0 + lane, lane >= 0, pos, start, n_sink, n_local)
+        x, see, forced = _row_scores(p_row, s0 + lane, s0 + lane <= pos, pos, start, n_sink, n_local)
         b_hist += tl.histogram(_bin(x, forced, low, scale), 2048, mask=see)
         if RULE != "fixed":
             x = tl.where(see, x - shift, 0.0)
@@ -662,7 +662,7 @@ def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t,
 
     out, n_few = need * 0, need * 0
     for s0 in range(first, pos + 1, BS):
-        x, see, forced = _row_scores(p_row, s0 + lane, lane >= 0, pos, start, n_sink, n_local)
+        x, see, forced = _row_scores(p_row, s0 + lane, s0 + lane <= pos, pos, start, n_sink, n_local)
         b_bin = _bin(x, forced, low, scale)
         above, among = (see & (b_bin > best)).to(tl.int32), (see & (b_bin == best)).to(tl.int32)
         tl.store(p_out + out + tl.cumsum(above, 0) - 1, s0 + lane, mask=above != 0)
@@ -780,8 +780,9 @@ def _greatest(scores, k, n):
 
 @torch.compiler.disable
 def _select_tiled(index, visible, budget):
-    """The PyTorch path of select()."""
+    """The PyTorch path of select(), at least in fp32."""
     B, T = index.w.shape[:2]
+    index = Index(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in index[:4]), index.activation)
     width = min(budget.widest, visible.n_keys)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
     k, var = indices.new_zeros(B, T, dtype=torch.long), index.w.new_zeros(B, T)
@@ -853,9 +854,8 @@ def _product(a, b, out, alpha=1, beta=0):
 
 
 def _logits(q_rows, k, bias, scratch):
-    """q·k/√d + bias, at least fp32: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
-    s = scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2))
-    s = _product(q_rows, k.transpose(2, 3), s, 1 / math.sqrt(q_rows.size(-1))).to(bias.dtype)
+    """q·k/√d + bias: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
+    s = _product(q_rows, k.transpose(2, 3), scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2)), 1 / math.sqrt(q_rows.size(-1)))
     s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
     return s
 
@@ -865,30 +865,31 @@ def _attend_job(q, k, v, bias, scratch):
     s = _logits(q, k, bias, scratch)
     largest = s.amax(-1)
     p = torch.softmax(s, -1, out=s)  # in place
-    return _product(p.to(v.dtype), v, torch.empty_like(q)), largest - p.amax(-1).log()  # the largest P is 1 / Σ exp(S - largest)
+    return _product(p, v, torch.empty_like(q)), largest - p.amax(-1).log()  # the largest P is 1 / Σ exp(S - largest)
 
 
 def _attend_job_backward(do, q, o, k, v, dk, dv, bias, scratch):
     """dq of _attend_job; dk and dv are added to. P is computed again: nothing of size T·k was kept."""
     s, scale = _logits(q, k, bias, scratch), 1 / math.sqrt(q.size(-1))
     p = torch.softmax(s, -1, out=s)
-    ds = _product(do, v.transpose(2, 3), scratch(do, "ds", *p.shape)).to(p.dtype)
-    ds = ds.sub_((do.to(p.dtype) * o).sum(-1, keepdim=True)).mul_(p).to(q.dtype)
-    _product(p.to(do.dtype).transpose(2, 3), do, dv, beta=1)
+    ds = _product(do, v.transpose(2, 3), scratch(do, "ds", *p.shape))
+    ds.sub_((do * o).sum(-1, keepdim=True)).mul_(p)
+    _product(p.transpose(2, 3), do, dv, beta=1)
     _product(ds.transpose(2, 3), q, dk, scale, beta=1)
     return _product(ds, k, torch.empty_like(q), scale)
 
 
 def _take_both(k, v, T, scratch):
-    """A job's keys and values. For many queries k and v are first laid side by side, so that one copy of a long row gathers both."""
+    """A job's keys and values, at least in fp32. For many queries k and v are first laid side by side, so that one copy of a long row gathers both."""
+    dtype = torch.promote_types(k.dtype, torch.float32)
     if T <= TILE:
-        return lambda job: (job.take(k, scratch), job.take(v, scratch, "values"))
+        return lambda job: (job.take(k, scratch).to(dtype), job.take(v, scratch, "values").to(dtype))
     kv = torch.cat((k, v), -1)
-    return lambda job: job.take(kv, scratch).chunk(2, -1)
+    return lambda job: job.take(kv, scratch).to(dtype).chunk(2, -1)
 
 
 class _SparseAttention(torch.autograd.Function):
-    """Both passes one job after the other."""
+    """Both passes one job after the other, at least in fp32."""
 
     @staticmethod
     def forward(ctx, q, k, v, selection):
@@ -899,7 +900,7 @@ class _SparseAttention(torch.autograd.Function):
         for job in selection.jobs(dtype, q[0, 0].numel()):
             k_t, v_t = take(job)
             for queries, keys, bias in job.parts:
-                o_t, lse_t = _attend_job(_rows(job.pick(q, queries), G), k_t[:, :, keys], v_t[:, :, keys], bias, scratch)
+                o_t, lse_t = _attend_job(_rows(job.pick(q, queries), G).to(dtype), k_t[:, :, keys], v_t[:, :, keys], bias, scratch)
                 job.store(o, queries, _unrows(o_t, bias.size(1)))
                 job.store(lse, queries, _unrows(lse_t, bias.size(1)))
         ctx.save_for_backward(q, k, v, o)
@@ -915,13 +916,13 @@ class _SparseAttention(torch.autograd.Function):
         dq, dkv = torch.empty_like(q), torch.zeros(*k.shape[:3], 2 * k.size(3), device=k.device, dtype=dtype)
         for job in ctx.selection.jobs(dtype, q[0, 0].numel()):
             k_t, v_t = take(job)
-            dkv_t = scratch(k, "dkv", *k_t.shape[:3], 2 * k.size(3)).zero_()
+            dkv_t = scratch(k_t, "dkv", *k_t.shape[:3], 2 * k.size(3)).zero_()
             dk_t, dv_t = dkv_t.chunk(2, -1)
             for queries, keys, bias in job.parts:
-                do_t, q_t, o_t = (_rows(job.pick(x, queries), G) for x in (do, q, o))
+                do_t, q_t, o_t = (_rows(job.pick(x, queries), G).to(dtype) for x in (do, q, o))
                 dq_t = _attend_job_backward(do_t, q_t, o_t, *(x[:, :, keys] for x in (k_t, v_t, dk_t, dv_t)), bias, scratch)
                 job.store(dq, queries, _unrows(dq_t, bias.size(1)))
-            job.put(dkv, dkv_t.to(dtype))
+            job.put(dkv, dkv_t)
         dk, dv = dkv.to(k.dtype).chunk(2, -1)
         return dq, dk.contiguous(), dv.contiguous(), None
 
@@ -1169,15 +1170,15 @@ class _IndexLoss(torch.autograd.Function):
         B, T, Hi, di = iq.shape
         scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
-        dq, dk, dw, db = (torch.zeros_like(x) for x in (iq, ik, iw, ib))
-        scratch = Scratch()
+        dq, dk, dw, db = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (iq, ik, iw, ib))
+        scratch, dtype = Scratch(), torch.promote_types(q.dtype, torch.float32)
         for job in selection.jobs(iq.dtype, q[0, 0].numel(), together=8):
-            k_all, ik_all = job.take(k, scratch), job.take(ik[:, :, None], scratch, "index keys")[:, 0]  # (groups, G, U, d), (groups, U, di)
+            k_all, ik_all = job.take(k, scratch).to(dtype), job.take(ik[:, :, None], scratch, "index keys")[:, 0]  # (groups, G, U, d), (groups, U, di)
             dk_all = torch.zeros_like(ik_all, memory_format=torch.contiguous_format)
             for queries, keys, bias in job.parts:
                 q_t, w_t = job.pick(iq, queries), job.pick(iw, queries)  # (groups, tq, Hi, di), (groups, tq, Hi)
-                s = _logits(_rows(job.pick(q, queries), G), k_all[:, :, keys], bias, scratch)
-                p = torch.softmax(s, -1, out=s).view(job.groups, -1, *bias.shape[1:]).mean(1)  # teacher, (groups, tq, U)
+                s = _logits(_rows(job.pick(q, queries), G).to(dtype), k_all[:, :, keys], bias, scratch)
+                p = torch.softmax(s, -1, out=s).view(job.groups, -1, *bias.shape[1:]).mean(1).to(iq.dtype)  # teacher, (groups, tq, U)
                 k_t, dk_t = ik_all[:, keys], dk_all[:, keys]
                 acts, scores = [], 0
                 for j in range(Hi):
@@ -1382,7 +1383,7 @@ def attention_report(q, k, selection):
     choosing = later = 0
     for tile in visible.tiles:
         rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        p = _logits(_rows(q[:, rows], k.size(2)), k[:, tile.keys].transpose(1, 2), visible.bias(tile, dtype), Scratch()).softmax(-1)
+        p = _logits(_rows(q[:, rows], k.size(2)).to(dtype), k[:, tile.keys].transpose(1, 2).to(dtype), visible.bias(tile, dtype), Scratch()).softmax(-1)
         p = p.view(q.size(0), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]

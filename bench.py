@@ -319,7 +319,7 @@ def unions(index, k, sizes=(8, 16, 32, 64)):
         scores = kernels.index_scores_eager(part)[0].masked_fill(~visible.mask()[0], -torch.inf)
         low, high = (f(scores[:, :1024], -1, keepdim=True) for f in (torch.amin, torch.amax))
         place = lambda x: ((x - low) * 2046 / (high - low)).clamp(0, 2046).floor()
-        counts.setdefault("few", []).append((place(scores) == place(scores.topk(k).values[:, -1:])).sum(-1).float().mean().item())
+        counts.setdefault("few", []).append((place(scores) == place(scores.topk(min(k, end)).values[:, -1:])).sum(-1).float().mean().item())
     return {n: statistics.mean(c) for n, c in counts.items()}
 
 

@@ -130,15 +130,15 @@ def case(cfg, what, T, device, dtype, backend):
                 kernels._tile_scores(index, visible, tile)
 
         @torch.no_grad()
-        def gather():
-            take = kernels._take_both(k, v, q.size(1), kernels.Scratch())
-            for job in selection.jobs(torch.float32, q[0, 0].numel()):
-                take(job)
-        return {"scores": scores, "select": select, **({} if train else {"gather": gather}), **own}  # a training step gathers several times
+        def logits():
+            scratch = kernels.Scratch()
+            for job in selection.jobs(q.size(2)):
+                job.logits(job.rows(q, k.size(2)), k, scratch)
+        return {"scores": scores, "select": select, **({} if train else {"logits": logits}), **own}  # a training step computes them several times
 
     def u():
         union = unions(index, cfg.k)
-        return union[kernels.NEAR] / union["k"]
+        return union[16] / union["k"]
     return dense, lambda: attend(select()), stages, u if T >= 1024 and what != "decode" else lambda: None
 
 
@@ -221,8 +221,8 @@ def cpu(cfg):
         stages = {}
         if t:
             stages = {"scores": t["scores"], "top-k": t.pop("select") - t.pop("scores"), **t}
-        if "gather" in t:
-            stages["attention"] = max(0.0, stages.pop("attend") - t["gather"])
+        if "logits" in t:
+            stages["attention"] = max(0.0, stages.pop("attend") - t["logits"])
         rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
         u = result["gsa"]["u"]
         show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)

@@ -14,6 +14,7 @@ The symbols and the layout (B, T, H, d) are those at the top of model.py.
 """
 import collections
 import functools
+import itertools
 import math
 import os
 import re
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import types
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,14 +36,14 @@ try:
 except ImportError:  # made for Linux; the other paths need none of it
     triton, tl = None, types.SimpleNamespace(constexpr=None)
 
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
 TILE = 128  # queries per tile of the PyTorch path
 ROWS = 64  # of them at a time where they attend to keys in place: logits that stay in cache
-NEAR = 16  # queries that share the union of their keys, where that is cheaper (Selection.jobs). Prices, as measured on a CPU:
-SHARED = 3072  # making a union, for each key of a query, as much as so many numbers of keys in place, masked
-GATHER = 8  # a query's own keys, gathered, as much as so many times more keys in place
-OVERHEAD = 2 << 20  # and a query by itself as much as so many numbers
+PRICE = 3  # of a query's own keys: as much as so many times more in place, as measured on a CPU
+JOB = 1 << 20  # logits of queries over their own keys that are computed at a time
 PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache,
 KEYS = 512  # but of at least so many keys
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -182,41 +184,98 @@ class Visible:
         mask = key <= self.pos[:, t0:t1, None]
         return mask if self.start is None else mask & (key >= self.start[:, t0:t1, None])
 
-    def bias(self, tile, dtype):
+    def bias(self, tile, dtype=torch.float32):
         """The mask as an addend, 0 or HIDDEN. On a CPU adding it is 20 times faster than masked_fill."""
         return self.mask(tile).to(dtype).sub_(1).mul_(-HIDDEN)
 
 
-class Job(NamedTuple):
-    """A piece of the PyTorch path's work: keys, fetched once, and the neighbouring queries that attend to them, in parts."""
-    groups: int  # B or, where every query is a group by itself, B times the queries
-    keys: slice | Tensor  # of each sequence; (groups, U) int64 into all B·S keys
-    parts: list  # of (queries, a slice of each sequence; which of the keys, a slice; bias (groups or 1, queries of a group, keys), 0 or HIDDEN)
+class Job:
+    """
+    A piece of the PyTorch path's work: neighbouring queries and their keys. Queries that see the same range of keys form a
+    group; the R = H/G heads of a kv head are rows of its products: q and o are (groups, G, R·tq, d), logits (groups, G, R·tq, U).
+    """
 
-    def pick(self, x, queries):
-        """(B, T, ...) -> (groups, tq, ...), these queries."""
-        x = x[:, queries]
-        return x.reshape(self.groups, -1, *x.shape[2:])
+    def rows(self, x, G):
+        """These queries of x: (B, T, H, ...) -> (groups, G, R·tq, ...)."""
+        return _rows(x[:, self.queries].reshape(self.groups, -1, *x.shape[2:]), G)
 
-    def store(self, out, queries, x):
-        """The inverse of pick: x (groups, tq, ...) into out (B, T, ...); a dimension of out may be several of x."""
-        out = out[:, queries]
+    def store(self, out, x):
+        """The inverse of rows: x (groups, G, R·tq, ...) into out (B, T, H, ...)."""
+        out, x = out[:, self.queries], _unrows(x, self.bias.size(1))
         out.view(len(out), -1, *x.shape[1:]).copy_(x.view(len(out), -1, *x.shape[1:]))
 
-    def take(self, x, scratch, name="keys"):
-        """The job's keys: (B, S, G, d) -> (groups, G, U, d). Gathered, a key's G·d numbers stay together: one copy of a long row."""
-        if isinstance(self.keys, slice):
-            return x[:, self.keys].transpose(1, 2)
-        rows = x.reshape(-1, x[0, 0].numel())
-        rows = torch.index_select(rows, 0, self.keys.flatten(), out=scratch(x, name, self.keys.numel(), rows.size(1)))
-        return rows.view(*self.keys.shape, *x.shape[2:]).transpose(1, 2)
+    def logits(self, q, k, scratch):
+        """q·k/√d, HIDDEN lower where a key is not selected: q (groups, G, R·tq, d), k (B, S, G, d) -> (groups, G, R·tq, U)."""
+        s = scratch(q, "logits", *q.shape[:3], self.bias.size(2))
+        s.view(len(s), -1, *self.bias.shape[1:]).copy_(self.bias[:, None])
+        return self.products(q, k, s, 1 / math.sqrt(q.size(-1)))
 
-    def put(self, grad, x):
-        """The adjoint of take: add x (groups, G, U, d) to grad (B, S, G, d) in place."""
-        if isinstance(self.keys, slice):
-            grad[:, self.keys] += x.transpose(1, 2)
-        else:
-            grad.view(-1, grad[0, 0].numel()).index_add_(0, self.keys.flatten(), x.transpose(1, 2).flatten(2).flatten(0, 1))
+
+class InPlace(Job):
+    """Queries of each sequence over a range of its keys where these are, masked: dense products."""
+
+    def __init__(self, queries, keys, bias):
+        self.queries, self.keys, self.bias = queries, keys, bias  # two slices of each sequence; (B, tq, U), 0 or HIDDEN
+        self.groups = len(bias)
+
+    def products(self, q, k, out, alpha=1):
+        """out += α·q·k, sequence by sequence: in four dimensions what is not contiguous would be copied."""
+        for i in range(len(q)):
+            out[i].baddbmm_(q[i], k[i, self.keys].permute(1, 2, 0), alpha=alpha)
+        return out
+
+    def weighted(self, p, v, alpha=1):
+        """α·p·v: p (groups, G, R·tq, U), v (B, S, G, d) -> (groups, G, R·tq, d)."""
+        out = p.new_empty(*p.shape[:3], v.size(-1))
+        for i in range(len(p)):
+            out[i].baddbmm_(p[i], v[i, self.keys].transpose(0, 1), alpha=alpha, beta=0)
+        return out
+
+    def spread(self, p, x, out, alpha=1):
+        """The adjoint of weighted: out (B, S, G, d) += α·pᵀ·x, x (groups, G, R·tq, d)."""
+        for i in range(len(p)):
+            out[i, self.keys].transpose(0, 1).baddbmm_(p[i].transpose(1, 2), x[i], alpha=alpha)
+
+
+class Own(Job):
+    """Each query, a group by itself, over its own keys. None is gathered: sparse products read them where they are."""
+
+    def __init__(self, queries, indices, n_keys):
+        self.queries, indices = queries, indices[:, queries]  # (B, tq, U)
+        self.bias = (indices < 0).flatten(0, 1)[:, None].float().mul_(HIDDEN)  # (groups, 1, U)
+        self.keys = (indices.clamp(min=0) + n_keys * torch.arange(len(indices), device=indices.device)[:, None, None]).flatten(0, 1)  # among all B·S
+        self.groups = len(self.keys)
+
+    def columns(self, G, R):
+        """Which rows of k.view(B·S·G, d) each row of q.view(groups·H, d) goes with: (groups·H, U) int32."""
+        heads = torch.arange(G, device=self.keys.device).repeat_interleave(R)
+        return (self.keys[:, None] * G + heads[:, None]).int().flatten(0, 1)
+
+    def products(self, q, k, out, alpha=1):
+        columns, q = self.columns(*q.shape[1:3]), q.flatten(0, 2)
+        starts = torch.arange(len(columns) + 1, dtype=torch.int32, device=q.device) * columns.size(1)
+        a = torch.sparse_csr_tensor(starts, columns.flatten(), out.flatten(), (len(q), k[..., 0].numel()), check_invariants=False)
+        torch.sparse.sampled_addmm(a, q, k.flatten(0, 2).T, alpha=alpha, out=a)
+        return out
+
+    def weighted(self, p, v, alpha=1):
+        o = F.embedding_bag(self.columns(*p.shape[1:3]), v.flatten(0, 2), mode="sum", per_sample_weights=p.flatten(0, 2))
+        return o.view(*p.shape[:3], -1).mul_(alpha)
+
+    @functools.cached_property
+    def by_key(self):
+        """The pairs of query and key in the order of the keys: which they are, the keys that occur, and where these begin."""
+        keys, order = self.keys.flatten().sort()
+        used, counts = keys.unique_consecutive(return_counts=True)
+        return order, used, counts.cumsum(0) - counts
+
+    def spread(self, p, x, out, alpha=1):
+        (G, R), (order, used, begin) = p.shape[1:3], self.by_key
+        weights = p.permute(0, 3, 1, 2).reshape(-1, G * R).index_select(0, order).mul_(alpha).view(-1, G, R)
+        rows = (order // self.keys.size(1) * (G * R))[:, None] + torch.arange(R, device=order.device)
+        for g in range(G):
+            sums = F.embedding_bag((rows + g * R).flatten(), x.flatten(0, 2), begin * R, mode="sum", per_sample_weights=weights[:, g].flatten())
+            out.flatten(0, 1)[:, g].index_add_(0, used, sums)
 
 
 class Scratch(dict):
@@ -271,50 +330,21 @@ class Selection:
         bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
         return bias[..., :width]
 
-    def jobs(self, dtype, row, together=2):
-        """
-        The PyTorch path's work, as Jobs: a tile of queries over all they see, masked, where their keys are most of that; else NEAR
-        neighbours to a group over the union of their keys; or, where they share few, each query over its own, `together` queries
-        to a job. row: the numbers of a query in all heads, H·d.
-        """
-        B, S = self.budget.size(0), self.visible.n_keys
-        first = S * torch.arange(B, device=self.budget.device)[:, None, None]  # of each sequence, among all B·S keys
-        for tile in self.visible.tiles:
-            tq, seen, width = tile.t1 - tile.t0, tile.end - tile.begin, 0 if self.indices is None else self.indices.size(-1)
-            if not width or tq > 1 and seen <= width + SHARED * width // row:
-                yield self._in_place(tile, dtype)
+    def jobs(self, heads):
+        """The PyTorch path's work for so many heads, as Jobs: queries over all they see, masked, where that is cheaper than each over its own keys."""
+        width = 0 if self.indices is None else self.indices.size(2)
+        own = lambda tile: width and tile.end - tile.begin > (PRICE if tile.t1 - tile.t0 > 1 else 1) * width
+        for few, tiles in itertools.groupby(self.visible.tiles, own):
+            tiles = list(tiles)
+            if few:
+                step = max(1, JOB // (len(self.budget) * heads * width))
+                for t in range(tiles[0].t0, tiles[-1].t1, step):
+                    yield Own(slice(t, min(t + step, tiles[-1].t1)), self.indices, self.visible.n_keys)
                 continue
-            idx = self.indices[:, tile.queries].long()  # (B, tq, k)
-            if tq > 1:
-                near = NEAR if tq % NEAR == 0 else tq
-                some = torch.where(idx < 0, seen, idx - tile.begin).view(B, -1, near * width)  # the -1s land in a column that is dropped
-                used = torch.zeros(*some.shape[:2], seen + 1, dtype=torch.bool, device=idx.device).scatter_(2, some, True)[..., :seen]
-                counts = used.sum(-1).amax(0).tolist()
-                union = sum(counts) / len(counts) + SHARED * width // row
-            if tq == 1 or min(union, seen) > GATHER * width + OVERHEAD // row:
-                step, bias = max(1, together // B), (idx >= 0).to(dtype).sub_(1).mul_(-HIDDEN)
-                for t, *parts in zip(range(tile.t0, tile.t1, step), idx.clamp_(min=0).add_(first).split(step, 1), bias.split(step, 1)):
-                    keys, bias = (x.flatten(0, 1) for x in parts)  # (B · step, k)
-                    yield Job(len(keys), keys, [(slice(t, t + parts[0].size(1)), slice(None), bias[:, None])])
-            elif union < seen:  # a union smaller than the largest is padded with keys that no query selects
-                most = max(counts)
-                slot, (b, i, key), keys = F.pad(used.cumsum(-1) - 1, (0, 1), value=most), used.nonzero(as_tuple=True), idx.new_zeros(B, len(counts), most)
-                keys[b, i, slot[b, i, key]] = key + tile.begin
-                keys += first
-                bias = torch.full((B, len(counts), near, most + 1), HIDDEN, dtype=dtype, device=idx.device)
-                bias.scatter_(3, slot.gather(2, some).view(B, -1, near, width), 0.0)
-                for t, U, keys, bias in zip(range(tile.t0, tile.t1, near), counts, keys.unbind(1), bias.unbind(1)):
-                    yield Job(B, keys[:, :U], [(slice(t, t + near), slice(U), bias[..., :U])])
-            else:
-                yield self._in_place(tile, dtype)
-
-    def _in_place(self, tile, dtype):
-        """The job of a tile over the keys it sees, some queries at a time (positions increase: those before the last see less)."""
-        parts = []
-        for t, bias in zip(range(tile.t0, tile.t1, ROWS), self.bias(tile, dtype).split(ROWS, 1)):
-            keys = slice(0, tile.end - tile.begin - (tile.t1 - t - bias.size(1)))
-            parts.append((slice(t, t + bias.size(1)), keys, bias[..., keys]))
-        return Job(len(self.budget), tile.keys, parts)
+            for tile in tiles:
+                for t, bias in zip(range(tile.t0, tile.t1, ROWS), self.bias(tile).expand(len(self.budget), -1, -1).split(ROWS, 1)):
+                    n = tile.end - tile.begin - (tile.t1 - t - bias.size(1))  # positions increase: queries before the last see less
+                    yield InPlace(slice(t, t + bias.size(1)), slice(tile.begin, tile.begin + n), bias[..., :n])
 
 
 def check_backend(backend, x=None):
@@ -846,85 +876,42 @@ def _unrows(x, tq):
     return x.view(B, G, rows // tq, tq, *x.shape[3:]).movedim(3, 1)
 
 
-def _product(a, b, out, alpha=1, beta=0):
-    """α·a @ b + β·out of (groups, G, m, n) and (groups, G, n, p) into out, group by group: in four dimensions what is not contiguous would be copied."""
-    for i in range(len(a)):
-        out[i].baddbmm_(a[i], b[i], alpha=alpha, beta=beta)
-    return out
-
-
-def _logits(q_rows, k, bias, scratch):
-    """q·k/√d + bias: q_rows (groups, G, R·tq, d), k (groups, G, U, d) -> (groups, G, R·tq, U)."""
-    s = _product(q_rows, k.transpose(2, 3), scratch(q_rows, "logits", *q_rows.shape[:3], k.size(2)), 1 / math.sqrt(q_rows.size(-1)))
-    s.view(*s.shape[:2], -1, *bias.shape[1:]).add_(bias[:, None, None])
-    return s
-
-
-def _attend_job(q, k, v, bias, scratch):
-    """Masked attention: q (groups, G, R·tq, d), k, v (groups, G, U, d), bias (groups or 1, tq, U) -> o like q, LSE (groups, G, R·tq)."""
-    s = _logits(q, k, bias, scratch)
-    largest = s.amax(-1)
-    p = torch.softmax(s, -1, out=s)  # in place
-    return _product(p, v, torch.empty_like(q)), largest - p.amax(-1).log()  # the largest P is 1 / Σ exp(S - largest)
-
-
-def _attend_job_backward(do, q, o, k, v, dk, dv, bias, scratch):
-    """dq of _attend_job; dk and dv are added to. P is computed again: nothing of size T·k was kept."""
-    s, scale = _logits(q, k, bias, scratch), 1 / math.sqrt(q.size(-1))
-    p = torch.softmax(s, -1, out=s)
-    ds = _product(do, v.transpose(2, 3), scratch(do, "ds", *p.shape))
-    ds.sub_((do * o).sum(-1, keepdim=True)).mul_(p)
-    _product(p.transpose(2, 3), do, dv, beta=1)
-    _product(ds.transpose(2, 3), q, dk, scale, beta=1)
-    return _product(ds, k, torch.empty_like(q), scale)
-
-
-def _take_both(k, v, T, scratch):
-    """A job's keys and values, at least in fp32. For many queries k and v are first laid side by side, so that one copy of a long row gathers both."""
-    dtype = torch.promote_types(k.dtype, torch.float32)
-    if T <= TILE:
-        return lambda job: (job.take(k, scratch).to(dtype), job.take(v, scratch, "values").to(dtype))
-    kv = torch.cat((k, v), -1)
-    return lambda job: job.take(kv, scratch).to(dtype).chunk(2, -1)
-
-
 class _SparseAttention(torch.autograd.Function):
     """Both passes one job after the other, at least in fp32."""
 
     @staticmethod
     def forward(ctx, q, k, v, selection):
-        G, dtype, scratch = k.size(2), torch.promote_types(q.dtype, torch.float32), Scratch()
-        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        dtype = torch.promote_types(q.dtype, torch.float32)
         lse = torch.empty(q.shape[:3], device=q.device, dtype=dtype)
-        take = _take_both(k, v, q.size(1), scratch)
-        for job in selection.jobs(dtype, q[0, 0].numel()):
-            k_t, v_t = take(job)
-            for queries, keys, bias in job.parts:
-                o_t, lse_t = _attend_job(_rows(job.pick(q, queries), G).to(dtype), k_t[:, :, keys], v_t[:, :, keys], bias, scratch)
-                job.store(o, queries, _unrows(o_t, bias.size(1)))
-                job.store(lse, queries, _unrows(lse_t, bias.size(1)))
+        ctx.selection, as_given = selection, q.dtype
+        q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+        o, scratch = torch.empty_like(q), Scratch()
+        for job in selection.jobs(q.size(2)):
+            s = job.logits(job.rows(q, k.size(2)), k, scratch)
+            largest = s.amax(-1)
+            p = torch.softmax(s, -1, out=s)  # in place
+            job.store(o, job.weighted(p, v))
+            job.store(lse, largest - p.amax(-1).log())  # the largest P is 1 / Σ exp(S - largest)
         ctx.save_for_backward(q, k, v, o)
-        ctx.selection = selection
         ctx.mark_non_differentiable(lse)
-        return o, lse
+        return o.to(as_given), lse
 
     @staticmethod
     def backward(ctx, do, _):
+        """P is computed again: nothing of size T·k was kept. dS = P·(dP - Σ_d dO·O)."""
         q, k, v, o = ctx.saved_tensors
-        G, dtype, scratch = k.size(2), torch.promote_types(q.dtype, torch.float32), Scratch()
-        take = _take_both(k, v, q.size(1), scratch)
-        dq, dkv = torch.empty_like(q), torch.zeros(*k.shape[:3], 2 * k.size(3), device=k.device, dtype=dtype)
-        for job in ctx.selection.jobs(dtype, q[0, 0].numel()):
-            k_t, v_t = take(job)
-            dkv_t = scratch(k_t, "dkv", *k_t.shape[:3], 2 * k.size(3)).zero_()
-            dk_t, dv_t = dkv_t.chunk(2, -1)
-            for queries, keys, bias in job.parts:
-                do_t, q_t, o_t = (_rows(job.pick(x, queries), G).to(dtype) for x in (do, q, o))
-                dq_t = _attend_job_backward(do_t, q_t, o_t, *(x[:, :, keys] for x in (k_t, v_t, dk_t, dv_t)), bias, scratch)
-                job.store(dq, queries, _unrows(dq_t, bias.size(1)))
-            job.put(dkv, dkv_t)
-        dk, dv = dkv.to(k.dtype).chunk(2, -1)
-        return dq, dk.contiguous(), dv.contiguous(), None
+        do, G, scale = do.to(q.dtype), k.size(2), 1 / math.sqrt(k.size(3))
+        dq, dk, dv, scratch = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), Scratch()
+        for job in ctx.selection.jobs(q.size(2)):
+            q_t, o_t, do_t = (job.rows(x, G) for x in (q, o, do))
+            s = job.logits(q_t, k, scratch)
+            p = torch.softmax(s, -1, out=s)
+            ds = scratch(p, "ds", *p.shape).copy_((do_t * o_t).sum(-1, keepdim=True).neg_())
+            job.products(do_t, v, ds).mul_(p)
+            job.store(dq, job.weighted(ds, k, scale))
+            job.spread(ds, q_t, dk, scale)
+            job.spread(p, do_t, dv)
+        return dq, dk, dv, None
 
 
 _attend_tiled = torch.compiler.disable(_SparseAttention.apply)
@@ -1167,44 +1154,37 @@ class _IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection):
-        B, T, Hi, di = iq.shape
-        scale, tau, G = 1 / math.sqrt(di), log_tau.exp(), k.size(2)
+        scale, tau = 1 / math.sqrt(iq.size(3)), log_tau.exp()
+        iq, ik, iw, ib, q, k = (x.to(torch.promote_types(x.dtype, torch.float32)).contiguous() for x in (iq, ik, iw, ib, q, k))
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
-        dq, dk, dw, db = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (iq, ik, iw, ib))
-        scratch, dtype = Scratch(), torch.promote_types(q.dtype, torch.float32)
-        for job in selection.jobs(iq.dtype, q[0, 0].numel(), together=8):
-            k_all, ik_all = job.take(k, scratch).to(dtype), job.take(ik[:, :, None], scratch, "index keys")[:, 0]  # (groups, G, U, d), (groups, U, di)
-            dk_all = torch.zeros_like(ik_all, memory_format=torch.contiguous_format)
-            for queries, keys, bias in job.parts:
-                q_t, w_t = job.pick(iq, queries), job.pick(iw, queries)  # (groups, tq, Hi, di), (groups, tq, Hi)
-                s = _logits(_rows(job.pick(q, queries), G).to(dtype), k_all[:, :, keys], bias, scratch)
-                p = torch.softmax(s, -1, out=s).view(job.groups, -1, *bias.shape[1:]).mean(1).to(iq.dtype)  # teacher, (groups, tq, U)
-                k_t, dk_t = ik_all[:, keys], dk_all[:, keys]
-                acts, scores = [], 0
-                for j in range(Hi):
-                    z = torch.baddbmm(ib[j], q_t[:, :, j], k_t.transpose(1, 2), alpha=scale)
-                    acts.append(z.sigmoid_() if activation == "sigmoid" else z.relu_())
-                    scores = scores + acts[j] * w_t[:, :, j, None]
-                logits = torch.add(bias, scores * tau)
-                student = logits.softmax(-1)
-                log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
-                loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
-                g = student.sub_(p)  # gradient with respect to τ·I
-                dtau += (g * scores).sum() * tau
-                g *= tau
-                dq_t, dw_t = torch.empty_like(q_t), torch.empty_like(w_t)
-                for j, a in enumerate(acts):
-                    dw_t[:, :, j] = (g * a).sum(-1)
-                    slope = a * (1 - a) if activation == "sigmoid" else (a > 0).to(a.dtype)
-                    dz = slope.mul_(g).mul_(w_t[:, :, j, None])
-                    db[j] += dz.sum()
-                    dq_t[:, :, j] = (dz @ k_t).mul_(scale)
-                    dk_t.baddbmm_(dz.transpose(1, 2), q_t[:, :, j], alpha=scale)
-                job.store(dq, queries, dq_t)
-                job.store(dw, queries, dw_t)
-            job.put(dk[:, :, None], dk_all[:, None])
+        dq, dk, dw, db = map(torch.zeros_like, (iq, ik, iw, ib))
+        ik, dk, scratch = ik[:, :, None], dk[:, :, None], Scratch()  # one key head
+        for job in selection.jobs(q.size(2)):
+            s = job.logits(job.rows(q, k.size(2)), k, scratch)
+            per_head = len(s), -1, *job.bias.shape[1:]
+            p = torch.softmax(s, -1, out=s).view(per_head).mean(1).to(iq.dtype)  # teacher, (groups, tq, U)
+            q_t, w_t = job.rows(iq, 1), job.rows(iw, 1)  # (groups, 1, Hi·tq, di or 1)
+            z = scratch(iq, "z", *q_t.shape[:3], p.size(2))
+            z.view(per_head).copy_(ib[:, None, None])
+            job.products(q_t, ik, z, scale)
+            a = z.sigmoid_() if activation == "sigmoid" else z.relu_()
+            scores = (a * w_t).view(per_head).sum(1)
+            logits = torch.add(job.bias, scores * tau)
+            student = logits.softmax(-1)
+            log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
+            loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
+            g = student.sub_(p)  # gradient with respect to τ·I
+            dtau += (g * scores).sum() * tau
+            g *= tau
+            da = a.view(per_head) * g[:, None]
+            job.store(dw, da.sum(-1).view(len(a), 1, -1))
+            dz = (da.sub_(da * a.view(per_head)) if activation == "sigmoid" else (a.view(per_head) > 0) * g[:, None]).view_as(a).mul_(w_t)
+            db += dz.view(per_head).sum((0, 2, 3))
+            job.store(dq, job.weighted(dz, ik, scale))
+            job.spread(dz, q_t, dk, scale)
+        dk = dk[:, :, 0]
         ctx.save_for_backward(dq, dk, dw, db, dtau)
-        ctx.n = B * T
+        ctx.n = dq.size(0) * dq.size(1)
         return loss / ctx.n
 
     @staticmethod
@@ -1383,8 +1363,8 @@ def attention_report(q, k, selection):
     choosing = later = 0
     for tile in visible.tiles:
         rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        p = _logits(_rows(q[:, rows], k.size(2)).to(dtype), k[:, tile.keys].transpose(1, 2).to(dtype), visible.bias(tile, dtype), Scratch()).softmax(-1)
-        p = p.view(q.size(0), -1, *see.shape[1:])  # (B, H, tq, end-begin)
+        job = InPlace(rows, tile.keys, visible.bias(tile, dtype).expand(len(q), -1, -1))
+        p = job.logits(job.rows(q, k.size(2)).to(dtype), k.to(dtype), Scratch()).softmax(-1).view(len(q), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]
         kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, tq, end-begin), what the layer really attends with

@@ -113,23 +113,21 @@ def test_greatest_equals_a_stable_sort(dtype):
 
 def take_route(monkeypatch, route):
     """Prices at which the PyTorch path goes this way wherever a tile's queries have to choose."""
-    monkeypatch.setattr(kernels, "SHARED", 1000 if route == "tiles" else 0)
-    monkeypatch.setattr(kernels, "GATHER", 0 if route == "queries" else 1000)
-    monkeypatch.setattr(kernels, "OVERHEAD", 0)
+    monkeypatch.setattr(kernels, "PRICE", 1 if route == "own" else 1000)
 
 
-@pytest.mark.parametrize("route", ["tiles", "unions", "queries"])
+@pytest.mark.parametrize("route", ["in place", "own"])
 def test_routes_are_taken(route, monkeypatch):
     taken = set()
     take_route(monkeypatch, route)
     for seed in range(8):
         q, *_, index, visible, budget = make(200 + seed)
         selection = kernels.select(index, visible, budget)
-        taken |= {"tiles" if isinstance(job.keys, slice) else "queries" if job.parts[0][2].size(1) == 1 else "unions" for job in selection.jobs(q.dtype, q[0, 0].numel())}
-    assert taken == {"tiles", route}  # the first queries see few keys and select them all
+        taken |= {"own" if isinstance(job, kernels.Own) else "in place" for job in selection.jobs(q.size(2))}
+    assert taken == {"in place", route}  # the first queries see few keys and select them all
 
 
-@pytest.mark.parametrize("route", ["everything", "tiles", "unions", "queries"])
+@pytest.mark.parametrize("route", ["everything", "in place", "own"])
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seed", range(8))
@@ -149,7 +147,7 @@ def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route,
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("route", ["tiles", "unions", "queries"])
+@pytest.mark.parametrize("route", ["in place", "own"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_computes_in_fp32(dtype, route, monkeypatch):
     """Inputs in 16 bits, peaked attention: o, LSE and dv are those of fp32, rounded; dq and dk, which use that o, better than eager attention's in 16 bits."""
@@ -184,26 +182,6 @@ def test_loss_of_index_keys_that_are_not_contiguous():
         _, lse = kernels.sparse_attention(q, k, v, selection, backend)
         grads += torch.autograd.grad(kernels.index_loss(q, k, lse, index._replace(k=leaf), torch.tensor(1.0), selection, backend), leaf)
     torch.testing.assert_close(*grads)
-
-
-def test_unions_equal_tiles(monkeypatch):
-    """Neighbours that agree on their keys share a union of them; the result is that of the reference."""
-    B, T, G, d = 2, 300, 2, 8
-    torch.manual_seed(3)
-    q, k, v = (torch.randn(B, T, n, d, dtype=torch.float64, requires_grad=True) for n in (4, G, G))
-    index = Index(*(torch.zeros(B, T, *s, dtype=torch.float64) for s in ((1, 2), (2,), (1,))), torch.zeros(1, dtype=torch.float64))
-    index.q[..., 0], index.k[..., 0], index.w[:] = 1, torch.randn(B, T), 1  # every query ranks the keys alike
-    selection = kernels.select(index, Visible.causal(T), Budget("fixed", 6, 1, 6))
-    take_route(monkeypatch, "unions")
-    jobs = list(selection.jobs(torch.float64, 32))
-    assert [bias.size(1) for job in jobs for *_, bias in job.parts] == [8] * 36 + [12]
-    assert all(job.groups == B and 6 <= job.keys.size(1) < 30 for job in jobs[2:])
-    outputs = []
-    for backend in ("torch", "eager"):
-        o, _ = kernels.sparse_attention(q, k, v, selection, backend)
-        outputs.append([o, *torch.autograd.grad(o.square().sum(), (q, k, v))])
-    for a, b in zip(*outputs):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_gradients_are_derivatives():

@@ -1,8 +1,8 @@
 """
 The computations of Gated Sparse Attention (GSA, arXiv 2601.15305), without parameters: model.py owns those.
 
-Three stages, each with an eager reference (the oracle: one line per equation, O(T·S) memory), a tiled PyTorch path (query
-tiles over the union of their keys, O(tile·S) memory) and Triton kernels that give the same numbers:
+Three stages, each with an eager reference (the oracle: one line per equation, O(T·S) memory), a tiled PyTorch path (some
+queries at a time, O(tile·S) memory) and Triton kernels that give the same numbers:
 
     select            lightning indexer scores (Eq. 7), variance, budget (Eq. 8), exact top-k
     sparse_attention  softmax attention over the selected keys, forward and backward
@@ -40,10 +40,10 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
 BACKENDS = ("eager", "torch", "triton")
-TILE = 128  # queries per tile of the PyTorch path
-ROWS = 64  # of them at a time where they attend to keys in place: logits that stay in cache
-PRICE = 3  # of a query's own keys: as much as so many times more in place, as measured on a CPU
-JOB = 1 << 21  # logits of queries over their own keys that are computed at a time
+TILE = 256  # queries per tile of the PyTorch path
+ROWS = 64  # of them at a time where they share their keys: logits that stay in cache
+PRICE = 3  # of a query's own keys: as much as so many times more that a tile shares, as measured on a CPU
+JOB = 1 << 21  # logits of queries with their own keys that are computed at a time
 PIECE = 1 << 16  # scores that are computed at a time, so that they stay in cache,
 KEYS = 512  # but of at least so many keys
 SCORES_BYTES = 32 << 20  # of a chunk's scores, which should stay in L2
@@ -191,18 +191,19 @@ class Visible:
 
 class Job:
     """
-    A piece of the PyTorch path's work: neighbouring queries and their keys. Queries that see the same range of keys form a
-    group; the R = H/G heads of a kv head are rows of its products: q and o are (groups, G, R·tq, d), logits (groups, G, R·tq, U).
+    A piece of the PyTorch path's work: neighbouring queries and their keys, which are the same U for the tq queries of a group
+    (0 or HIDDEN in bias for each). As rows of products, the R = H/G heads of a kv head beside each other, q is (groups, G, R·tq, d).
     """
 
     def rows(self, x, G):
         """These queries of x: (B, T, H, ...) -> (groups, G, R·tq, ...)."""
-        return _rows(x[:, self.queries].reshape(self.groups, -1, *x.shape[2:]), G)
+        return x[:, self.queries].reshape(self.groups, self.bias.size(1), G, x.size(2) // G, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def store(self, out, x):
         """The inverse of rows: x (groups, G, R·tq, ...) into out (B, T, H, ...)."""
-        out, x = out[:, self.queries], _unrows(x, self.bias.size(1))
-        out.view(len(out), -1, *x.shape[1:]).copy_(x.view(len(out), -1, *x.shape[1:]))
+        out, tq = out[:, self.queries], self.bias.size(1)
+        x = x.view(len(out), -1, x.size(1), x.size(2) // tq, tq, x[0, 0, 0].numel()).permute(0, 1, 4, 2, 3, 5)
+        out.view(x.shape).copy_(x)
 
     def logits(self, q, k, scratch):
         """q·k/√d, HIDDEN lower where a key is not selected: q (groups, G, R·tq, d), k (B, S, G, d) -> (groups, G, R·tq, U)."""
@@ -211,12 +212,11 @@ class Job:
         return self.products(q, k, s, 1 / math.sqrt(q.size(-1)))
 
 
-class InPlace(Job):
-    """Queries of each sequence over a range of its keys where these are, masked: dense products."""
+class Shared(Job):
+    """Queries that share a range of keys, all they see, and a mask over it: dense products."""
 
     def __init__(self, queries, keys, bias):
-        self.queries, self.keys, self.bias = queries, keys, bias  # two slices of each sequence; (B, tq, U), 0 or HIDDEN
-        self.groups = len(bias)
+        self.queries, self.keys, self.bias, self.groups = queries, keys, bias, len(bias)  # two slices of each sequence; (B, tq, U), 0 or HIDDEN
 
     def products(self, q, k, out, alpha=1):
         """out += α·q·k, sequence by sequence: in four dimensions what is not contiguous would be copied."""
@@ -224,11 +224,11 @@ class InPlace(Job):
             out[i].baddbmm_(q[i], k[i, self.keys].permute(1, 2, 0), alpha=alpha)
         return out
 
-    def weighted(self, p, v, alpha=1):
-        """α·p·v: p (groups, G, R·tq, U), v (B, S, G, d) -> (groups, G, R·tq, d)."""
+    def weighted(self, p, v):
+        """p·v: p (groups, G, R·tq, U), v (B, S, G, d) -> (groups, G, R·tq, d)."""
         out = p.new_empty(*p.shape[:3], v.size(-1))
         for i in range(len(p)):
-            out[i].baddbmm_(p[i], v[i, self.keys].transpose(0, 1), alpha=alpha, beta=0)
+            torch.bmm(p[i], v[i, self.keys].transpose(0, 1), out=out[i])
         return out
 
     def spread(self, p, x, out, alpha=1):
@@ -238,18 +238,19 @@ class InPlace(Job):
 
 
 class Own(Job):
-    """Each query, a group by itself, over its own keys. None is gathered: sparse products read them where they are."""
+    """Queries that each have their own keys: products of sparse matrices, which gather nothing but read the keys where they are."""
 
     def __init__(self, queries, indices, n_keys):
         self.queries, indices = queries, indices[:, queries]  # (B, tq, U)
         self.bias = (indices < 0).flatten(0, 1)[:, None].float().mul_(HIDDEN)  # (groups, 1, U)
-        self.keys = (indices.clamp(min=0) + n_keys * torch.arange(len(indices), device=indices.device)[:, None, None]).flatten(0, 1)  # among all B·S
+        first = n_keys * torch.arange(len(indices), dtype=torch.int32, device=indices.device)  # of each sequence, among all B·S keys
+        self.keys = (indices.clamp(min=0) + first[:, None, None]).flatten(0, 1)  # (groups, U) int32
         self.groups = len(self.keys)
 
     def columns(self, G, R):
         """Which rows of k.view(B·S·G, d) each row of q.view(groups·H, d) goes with: (groups·H, U) int32."""
-        heads = torch.arange(G, device=self.keys.device).repeat_interleave(R)
-        return (self.keys[:, None] * G + heads[:, None]).int().flatten(0, 1)
+        heads = torch.arange(G, dtype=torch.int32, device=self.keys.device).repeat_interleave(R)
+        return (self.keys[:, None] * G + heads[:, None]).flatten(0, 1)
 
     def products(self, q, k, out, alpha=1):
         columns, q = self.columns(*q.shape[1:3]), q.flatten(0, 2)
@@ -258,9 +259,9 @@ class Own(Job):
         torch.sparse.sampled_addmm(a, q, k.flatten(0, 2).T, alpha=alpha, out=a)
         return out
 
-    def weighted(self, p, v, alpha=1):
+    def weighted(self, p, v):
         o = F.embedding_bag(self.columns(*p.shape[1:3]), v.flatten(0, 2), mode="sum", per_sample_weights=p.flatten(0, 2))
-        return o.view(*p.shape[:3], -1).mul_(alpha)
+        return o.view(*p.shape[:3], -1)
 
     @functools.cached_property
     def by_key(self):
@@ -331,20 +332,20 @@ class Selection:
         return bias[..., :width]
 
     def jobs(self, heads):
-        """The PyTorch path's work for so many heads, as Jobs: queries over all they see, masked, where that is cheaper than each over its own keys."""
-        width = 0 if self.indices is None else self.indices.size(2)
-        own = lambda tile: width and tile.end - tile.begin > (PRICE if tile.t1 - tile.t0 > 1 else 1) * width
-        for few, tiles in itertools.groupby(self.visible.tiles, own):
+        """The PyTorch path's work for so many heads, as Jobs: Shared where the queries of a tile see few keys, else Own."""
+        B, width = len(self.budget), 0 if self.indices is None else self.indices.size(2)
+        many = lambda tile: width and tile.end - tile.begin > (PRICE if tile.t1 - tile.t0 > 1 else 1) * width
+        for own, tiles in itertools.groupby(self.visible.tiles, many):
             tiles = list(tiles)
-            if few:
-                step = max(1, JOB // (len(self.budget) * heads * width))
+            if own:
+                step = max(1, JOB // (B * heads * width))
                 for t in range(tiles[0].t0, tiles[-1].t1, step):
                     yield Own(slice(t, min(t + step, tiles[-1].t1)), self.indices, self.visible.n_keys)
                 continue
             for tile in tiles:
-                for t, bias in zip(range(tile.t0, tile.t1, ROWS), self.bias(tile).expand(len(self.budget), -1, -1).split(ROWS, 1)):
+                for t, bias in zip(range(tile.t0, tile.t1, ROWS), self.bias(tile).expand(B, -1, -1).split(ROWS, 1)):
                     n = tile.end - tile.begin - (tile.t1 - t - bias.size(1))  # positions increase: queries before the last see less
-                    yield InPlace(slice(t, t + bias.size(1)), slice(tile.begin, tile.begin + n), bias[..., :n])
+                    yield Shared(slice(t, t + bias.size(1)), slice(tile.begin, tile.begin + n), bias[..., :n])
 
 
 def check_backend(backend, x=None):
@@ -864,18 +865,6 @@ def sparse_attention_eager(q, k, v, mask):
     return torch.einsum("btsh,bshd->bthd", s.softmax(2), v), s.logsumexp(2)
 
 
-def _rows(x, G):
-    """(B, tq, H, ...) -> (B, G, R·tq, ...): the R = H/G query heads of a kv head become rows of one matrix product."""
-    B, tq, H = x.shape[:3]
-    return x.reshape(B, tq, G, H // G, -1).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * tq, -1)
-
-
-def _unrows(x, tq):
-    """The inverse of _rows, heads in two dimensions: (B, G, R·tq, ...) -> (B, tq, G, R, ...)."""
-    B, G, rows = x.shape[:3]
-    return x.view(B, G, rows // tq, tq, *x.shape[3:]).movedim(3, 1)
-
-
 class _SparseAttention(torch.autograd.Function):
     """Both passes one job after the other, at least in fp32."""
 
@@ -908,7 +897,7 @@ class _SparseAttention(torch.autograd.Function):
             p = torch.softmax(s, -1, out=s)
             ds = scratch(p, "ds", *p.shape).copy_((do_t * o_t).sum(-1, keepdim=True).neg_())
             job.products(do_t, v, ds).mul_(p)
-            job.store(dq, job.weighted(ds, k, scale))
+            job.store(dq, job.weighted(ds, k).mul_(scale))
             job.spread(ds, q_t, dk, scale)
             job.spread(p, do_t, dv)
         return dq, dk, dv, None
@@ -1180,7 +1169,7 @@ class _IndexLoss(torch.autograd.Function):
             job.store(dw, da.sum(-1).view(len(a), 1, -1))
             dz = (da.sub_(da * a.view(per_head)) if activation == "sigmoid" else (a.view(per_head) > 0) * g[:, None]).view_as(a).mul_(w_t)
             db += dz.view(per_head).sum((0, 2, 3))
-            job.store(dq, job.weighted(dz, ik, scale))
+            job.store(dq, job.weighted(dz, ik).mul_(scale))
             job.spread(dz, q_t, dk, scale)
         dk = dk[:, :, 0]
         ctx.save_for_backward(dq, dk, dw, db, dtau)
@@ -1363,7 +1352,7 @@ def attention_report(q, k, selection):
     choosing = later = 0
     for tile in visible.tiles:
         rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        job = InPlace(rows, tile.keys, visible.bias(tile, dtype).expand(len(q), -1, -1))
+        job = Shared(rows, tile.keys, visible.bias(tile, dtype).expand(len(q), -1, -1))
         p = job.logits(job.rows(q, k.size(2)).to(dtype), k.to(dtype), Scratch()).softmax(-1).view(len(q), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]

@@ -21,7 +21,7 @@ def seeded():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 queries, 6 at a time where keys are in place, few over their own, scores of 7 or 8 keys at a time, so that short sequences have several."""
+    """Tiles of 16 queries, 6 at a time where they share keys, few where not, scores of 7 or 8 keys at a time, so that short sequences have several."""
     import kernels
     monkeypatch.setattr(kernels, "TILE", 16)
     monkeypatch.setattr(kernels, "ROWS", 6)

@@ -116,18 +116,18 @@ def take_route(monkeypatch, route):
     monkeypatch.setattr(kernels, "PRICE", 1 if route == "own" else 1000)
 
 
-@pytest.mark.parametrize("route", ["in place", "own"])
+@pytest.mark.parametrize("route", ["shared", "own"])
 def test_routes_are_taken(route, monkeypatch):
     taken = set()
     take_route(monkeypatch, route)
     for seed in range(8):
         q, *_, index, visible, budget = make(200 + seed)
         selection = kernels.select(index, visible, budget)
-        taken |= {"own" if isinstance(job, kernels.Own) else "in place" for job in selection.jobs(q.size(2))}
-    assert taken == {"in place", route}  # the first queries see few keys and select them all
+        taken |= {"own" if isinstance(job, kernels.Own) else "shared" for job in selection.jobs(q.size(2))}
+    assert taken == {"shared", route}  # the first queries see few keys and select them all
 
 
-@pytest.mark.parametrize("route", ["everything", "in place", "own"])
+@pytest.mark.parametrize("route", ["everything", "shared", "own"])
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("seed", range(8))
@@ -147,7 +147,7 @@ def test_attention_and_loss_equal_reference(seed, dtype, tolerance, docs, route,
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("route", ["in place", "own"])
+@pytest.mark.parametrize("route", ["shared", "own"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_computes_in_fp32(dtype, route, monkeypatch):
     """Inputs in 16 bits, peaked attention: o, LSE and dv are those of fp32, rounded; dq and dk, which use that o, better than eager attention's in 16 bits."""

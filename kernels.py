@@ -889,7 +889,7 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         """P is computed again: nothing of size T·k was kept. dS = P·(dP - Σ_d dO·O)."""
         q, k, v, o = ctx.saved_tensors
-        do, G, scale = do.to(q.dtype), k.size(2), 1 / math.sqrt(k.size(3))
+        do, G, scale = do.to(q.dtype).contiguous(), k.size(2), 1 / math.sqrt(k.size(3))
         dq, dk, dv, scratch = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), Scratch()
         for job in ctx.selection.jobs(q.size(2)):
             q_t, o_t, do_t = (job.rows(x, G) for x in (q, o, do))
@@ -1165,9 +1165,10 @@ class _IndexLoss(torch.autograd.Function):
             g = student.sub_(p)  # gradient with respect to τ·I
             dtau += (g * scores).sum() * tau
             g *= tau
-            da = a.view(per_head) * g[:, None]
-            job.store(dw, da.sum(-1).view(len(a), 1, -1))
-            dz = (da.sub_(da * a.view(per_head)) if activation == "sigmoid" else (a.view(per_head) > 0) * g[:, None]).view_as(a).mul_(w_t)
+            job.store(dw, (a.view(per_head) * g[:, None]).sum(-1).view(len(a), 1, -1))
+            dz = a - a.square() if activation == "sigmoid" else (a > 0).to(a.dtype)
+            dz.view(per_head).mul_(g[:, None])
+            dz *= w_t
             db += dz.view(per_head).sum((0, 2, 3))
             job.store(dq, job.weighted(dz, ik).mul_(scale))
             job.spread(dz, q_t, dk, scale)

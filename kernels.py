@@ -184,9 +184,9 @@ class Visible:
         mask = key <= self.pos[:, t0:t1, None]
         return mask if self.start is None else mask & (key >= self.start[:, t0:t1, None])
 
-    def bias(self, tile, dtype=torch.float32):
+    def bias(self, tile):
         """The mask as an addend, 0 or HIDDEN. On a CPU adding it is 20 times faster than masked_fill."""
-        return self.mask(tile).to(dtype).sub_(1).mul_(-HIDDEN)
+        return self.mask(tile).float().sub_(1).mul_(-HIDDEN)
 
 
 class Job:
@@ -322,12 +322,12 @@ class Selection:
             full[:, tile.queries, tile.keys] = self.bias(tile) == 0
         return full
 
-    def bias(self, tile, dtype=torch.float32):
+    def bias(self, tile):
         """What to add to a tile's scores so that only selected keys remain: 0 or HIDDEN, (B or 1, tq, end-begin)."""
         if self.indices is None:
-            return self.visible.bias(tile, dtype)
+            return self.visible.bias(tile)
         idx, width = self.indices[:, tile.queries].long(), tile.end - tile.begin
-        bias = torch.full((*idx.shape[:2], width + 1), HIDDEN, dtype=dtype, device=idx.device)
+        bias = torch.full((*idx.shape[:2], width + 1), HIDDEN, device=idx.device)
         bias.scatter_(2, torch.where(idx < 0, width, idx - tile.begin), 0.0)  # the -1s land in a column that is dropped
         return bias[..., :width]
 
@@ -576,7 +576,7 @@ def _tile_scores(index, visible, tile):
             count = see.sum(-1).expand(B, -1)
             mean = (x * see).sum(-1) / count.clamp(min=1)
             square = ((x - mean[..., None]) * see).square_().sum(-1)
-            x += visible.bias(part, x.dtype)
+            x += visible.bias(part)
         moments.append((count, mean, square))
     count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B, tq)
     total = count.sum(0)
@@ -1349,12 +1349,13 @@ def attention_report(q, k, selection):
     first_token  share of the attention over S_t that goes to the first key of the document, mean over the queries after it
     """
     visible = selection.visible
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
     recall = best = first = 0.0
     choosing = later = 0
     for tile in visible.tiles:
-        rows, see, dtype = tile.queries, visible.mask(tile), torch.promote_types(q.dtype, torch.float32)  # (B or 1, tq, end-begin)
-        job = Shared(rows, tile.keys, visible.bias(tile, dtype).expand(len(q), -1, -1))
-        p = job.logits(job.rows(q, k.size(2)).to(dtype), k.to(dtype), Scratch()).softmax(-1).view(len(q), -1, *see.shape[1:])  # (B, H, tq, end-begin)
+        rows, see = tile.queries, visible.mask(tile)  # (B or 1, tq, end-begin)
+        job = Shared(rows, tile.keys, visible.bias(tile).expand(len(q), -1, -1))
+        p = job.logits(job.rows(q, k.size(2)), k, Scratch()).softmax(-1).view(len(q), -1, *see.shape[1:])  # (B, H, tq, end-begin)
         inside = selection.bias(tile) == 0
         kept = p * inside[:, None]
         kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, tq, end-begin), what the layer really attends with

@@ -1,12 +1,19 @@
-# make demo: prepare, train, evaluate and sample on one CPU.   make test: the tests.   make bench: the benchmarks.
-# Each sets up .venv by itself. DEMO_FLAGS shortens the demo: make demo DEMO_FLAGS="--max_iters=20 --index_warmup_iters=8 --short_iters=4"
+# make demo    prepare, train, sample and evaluate on one CPU
+# make test    the tests
+# make soak    ten minutes of random faults and kills
+# make bench   the benchmarks
+# Each sets up .venv by itself. A second demo in the same folder needs leave to replace the first:
+#     make demo DEMO_FLAGS=--overwrite
+# DEMO_FLAGS also shortens it: make demo DEMO_FLAGS="--max_iters=20 --index_warmup_iters=8"
 PYTHON ?= python3
 BIN = .venv/bin
 DEMO_OUT ?= out
 DEMO_FLAGS ?=
 EVAL_FLAGS ?= --max_tokens=200000
 
-.PHONY: demo test bench clean
+SOAK_FLAGS ?= --seconds=600 --seed=0
+
+.PHONY: demo test soak bench clean
 
 .venv/ready: requirements.txt requirements-dev.txt requirements-extra.txt
 	$(PYTHON) -m venv .venv
@@ -20,7 +27,10 @@ demo: .venv/ready
 	$(BIN)/python eval.py --out_dir=$(DEMO_OUT) $(EVAL_FLAGS)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+soak: .venv/ready
+	$(BIN)/python tests/fault_injection.py $(SOAK_FLAGS)
 
 bench: .venv/ready
 	$(BIN)/python bench.py

@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
@@ -37,10 +38,10 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from configurator import UserError, parse, run
+from checkpoint import find_data, load_model
+from configurator import UserError, check_ranges, parse, run
+from data import Data, Tokenizer
 from model import GSA, GSAConfig
-from prepare import Data, Tokenizer
-from train import load_model
 
 
 @dataclass
@@ -66,6 +67,13 @@ class BenchConfig:
     megabytes: int = 512  # --data: of text; bytes are measured on 1000
     out_dir: str = "out"  # --roofline: folder of a checkpoint whose selections are counted too
     json: str = ""  # also write the last line to this file
+
+    def __post_init__(self):
+        check_ranges(self, {(1, None): "n_head n_kv_head d_head n_index_head d_index k repeats threads megabytes",
+                            (0, 1): "similar"})
+        for name in ("forward", "train", "decode", "layer"):
+            if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(self, name)):
+                raise UserError(f"{name} {getattr(self, name)!r} is not a list of lengths like 4096,8192")
 
 
 GPU = dict(n_head=16, d_head=128, k=2048, repeats=10, decode="32768,131072",  # its defaults
@@ -294,7 +302,7 @@ def checkpoint_indices(cfg, L):
     _, checkpoint = load_model(cfg.out_dir)
     model = GSA(GSAConfig(**checkpoint["model_config"] | dict(block_size=L)))
     model.load_state_dict(checkpoint["model"])
-    data, found = Data(checkpoint["config"]["data"]), []
+    data, found = Data(find_data(checkpoint)), []
     for block in model.eval().blocks:
         block.attn.indexer.register_forward_hook(lambda module, args, out: found.append(out))
     with torch.no_grad():

@@ -1,59 +1,93 @@
 """
-Settings for every script: a dataclass holds the defaults, config/*.py files and --key=value arguments override them.
+What every script shares: settings, one-line errors, and files that are replaced whole.
 
-    settings = configurator.parse(TrainConfig, ["config/gsa_small.py", "--learning_rate=3e-4"])   # {"n_layer": 12, ...}
+A dataclass holds a script's defaults; config/*.py files and --key=value arguments override them.
 
-A config file holds plain assignments of literals; it is parsed, never executed. Later arguments win.
+    configurator.parse(TrainConfig, ["config/gsa_small.py", "--learning_rate=3e-4"])
+    -> {"n_layer": 12, ..., "learning_rate": 0.0003}
+
+A config file holds plain assignments of literals; it is parsed, never executed.
+Later arguments win.
 """
 import ast
+import contextlib
 import difflib
+import errno
 import inspect
+import json
+import math
+import os
 import sys
 from dataclasses import fields
 
+TRUE_OR_FALSE = {"true": True, "1": True, "false": False, "0": False}
 
-class UserError(Exception):
+
+class UserError(ValueError):
     """Bad input, with one line for the user. Scripts print it and exit with status 1."""
 
 
+# --------------------------------------------------------------------------------------------------
+# Settings
+
 def _convert(key, value, kind):
-    """The value as the field's type: int → float allowed, nothing else is guessed."""
-    if isinstance(value, str) and kind is not str:
+    """
+    The value as the field's type.
+    int -> float is allowed, and 1e9 -> int; nothing else is guessed.
+    """
+    if isinstance(value, str) and kind is bool:
+        value = TRUE_OR_FALSE.get(value.lower())
+    elif isinstance(value, str) and kind is not str:
         try:
-            value = {"true": True, "false": False}.get(value.lower(), None) if kind is bool else ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             value = None
     if kind is float and type(value) is int:
-        value = float(value)
-    if kind is int and type(value) is float and value.is_integer():  # 1e9 is how people write token counts
+        try:
+            value = float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            value = None
+    # People write token counts as 1e9.
+    if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not kind:
-        raise UserError(f"{key} must be {'true or false' if kind is bool else 'of type ' + kind.__name__}")
+        wanted = "true or false" if kind is bool else f"of type {kind.__name__}"
+        raise UserError(f"{key} must be {wanted}")
     return value
 
 
 def _read(path):
+    """Yield the (name, value) pairs of a config file."""
     try:
-        source = open(path, encoding="utf-8").read()
+        with open(path, encoding="utf-8-sig") as f:
+            source = f.read()
     except OSError as e:
         raise UserError(f"cannot read config {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"cannot read config {path}: it is not UTF-8 text") from None
     try:
         body = ast.parse(source).body
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno}: {e.msg}") from None
+    except (ValueError, RecursionError, MemoryError):  # NUL bytes, endless brackets
+        raise UserError(f"cannot read config {path}: it is not Python") from None
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # docstring
         try:
-            yield node.targets[0].id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError):
-            raise UserError(f"{path}:{node.lineno}: only plain assignments like n_layer = 12 belong here") from None
+            (target,) = node.targets  # a = b = 1 has two
+            yield target.id, ast.literal_eval(node.value)
+        except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise UserError(f"{path}:{node.lineno}: only plain assignments like n_layer = 12 "
+                            "belong here") from None
 
 
 def parse(cls, argv):
     """
-    cls: a dataclass of str, int, float and bool fields. argv: config files, --key=value, --key value, --flag (bool).
-    Returns the given settings only, as a dict of the fields' types. Raises UserError; --help prints cls and exits.
+    cls: a dataclass of str, int, float and bool fields.
+    argv: config files, --key=value, --key value, --flag (of a bool).
+    Returns the given settings only, as a dict of the fields' types.
+    Raises UserError; --help prints cls and exits.
     """
     kinds = {f.name: f.type if isinstance(f.type, type) else eval(f.type, {}) for f in fields(cls)}
     settings = {}
@@ -61,8 +95,10 @@ def parse(cls, argv):
     def put(key, value):
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, 1)
-            raise UserError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"unknown setting {key!r}{hint}")
         settings[key] = _convert(key, value, kinds[key])
+
     args = list(argv)
     while args:
         arg = args.pop(0)
@@ -76,7 +112,7 @@ def parse(cls, argv):
             continue
         key, equals, value = arg[2:].partition("=")
         if not equals:
-            if kinds.get(key) is bool and (not args or args[0].lower() not in ("true", "false")):
+            if kinds.get(key) is bool and (not args or args[0].lower() not in TRUE_OR_FALSE):
                 value = "true"
             elif args and not args[0].startswith("--"):
                 value = args.pop(0)
@@ -86,11 +122,152 @@ def parse(cls, argv):
     return settings
 
 
+def flags(argv):
+    """The names of the settings that are given as --flags, not by a config file."""
+    return {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
+
+
+def check_ranges(settings, ranges):
+    """
+    Raise UserError unless every number of a settings object lies in its range.
+    ranges: {(lowest, highest): "name name …"}, highest None = no limit.
+    NaN and infinity lie in no range.
+    """
+    for (lowest, highest), names in ranges.items():
+        for name in names.split():
+            value = getattr(settings, name)
+            too_high = highest is not None and value > highest
+            if not math.isfinite(value) or value < lowest or too_high:
+                limits = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+                raise UserError(f"{name} is {value}, must be {limits}")
+
+
+def mismatch(value, shape, where="it"):
+    """
+    What is wrong with a value that was read from a file, in words; "" if it has the given shape.
+    shape: a type;
+        {key: shape, …}, a dict with at least these keys;
+        [shape], a list;
+        None, anything.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where} is not a dict"
+        for key, inner in shape.items():
+            if key not in value:
+                return f"{where} lacks {key!r}"
+            if wrong := mismatch(value[key], inner, key):
+                return wrong
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{where} is not a list"
+        for item in value:
+            if wrong := mismatch(item, shape[0], f"an entry of {where}"):
+                return wrong
+    elif shape is not None and (not isinstance(value, shape)
+                                or (shape is int and isinstance(value, bool))):
+        return f"{where} is not of type {shape.__name__}"
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+@contextlib.contextmanager
+def replacing(path, binary=False):
+    """
+    Open a file for writing that takes the place of `path` when the block ends.
+    So `path` always holds a whole file, the old one or the new one;
+    if the block fails, the old one.
+    """
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb" if binary else "w", encoding=None if binary else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise
+
+
+def to_json(value, **options):
+    """
+    json.dumps of a value whose numbers may be NaN or infinite:
+    those become null, as JSON has no such numbers.
+    """
+    def finite(x):
+        if isinstance(x, dict):
+            return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+@contextlib.contextmanager
+def only_one(folder, script):
+    """
+    Make the folder and keep other runs of `script` out of it until the block ends.
+    It goes again if it stays empty.
+    """
+    import fcntl  # POSIX only
+    new = not os.path.exists(folder)
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another {script} is at work on {folder}") from None
+    finally:
+        os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Running a script
+
+def say(*words):
+    """
+    print() at once.
+    A reader that goes away (… | head -1) does not end the work: the rest is not shown.
+    """
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        _discard_output()
+
+
+def _discard_output():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run(main, argv=None):
-    """Call main(argv), turning a UserError into one line on stderr and exit status 1."""
+    """Call main(argv). What a user can mend ends it with one line on stderr and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows \xd7 for ×
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:
+        _discard_output()
+        sys.exit(1)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        hint = ". Free some space and run it again" if e.errno == errno.ENOSPC else ""
+        sys.exit(f"error: {where}{e.strerror or e}{hint}")
+    except (MemoryError, RuntimeError) as e:
+        full = ("out of memory", "can't allocate memory")  # torch's words, on a GPU and on a CPU
+        if isinstance(e, RuntimeError) and not any(words in str(e) for words in full):
+            raise
+        sys.exit("error: out of memory: a smaller batch_size or block_size needs less")

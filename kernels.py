@@ -51,33 +51,77 @@ PARTIAL_BYTES = 1 << 30  # of the gradients that wait to be summed; with less th
 PROGRAMS = 256  # enough to fill a GPU
 DETERMINISTIC = True  # dk and dv of the Triton path summed in one order; False: by atomics, faster
 HIDDEN = -1e30  # added to a masked score: exp gives exactly 0, and unlike -inf it can be added to and subtracted from
-FORCED = 1e9  # score of a key that must be selected: above all real ones
+FINITE = 1e29  # limit of scores in the PyTorch path's top-k: ±inf must not pass HIDDEN or FORCED
+FORCED = 1e30  # score of a key that must be selected: above all real ones
+LIST_BYTES = 64 << 20  # larger union lists are cut to their true length, at one host sync
 
 
-def tile_queries(sm, heads, row_bytes, index_heads=0, index_row_bytes=0):
+def without_wgmma(sm):
     """
-    Queries per tile of the Triton path, at most 32 (a word has a bit for each): as many as make 128 rows of a matrix product with the query
-    heads of a key head or, of rows of more than 256 bytes, 64; for the indexer's loss with its heads too, before Hopper half as many. The more
-    queries share a tile, the fewer keys are gathered; with more than these the kernels spill registers.
+    Does a GPU of compute capability sm / 10 multiply by mma.sync only? These are Ampere and Ada
+    (80 to 89) and consumer Blackwell (120). Their operands come through registers, and all but
+    sm_80 and sm_87 have only 99 KB of shared memory for a block.
     """
-    most = lambda rows, heads, row_bytes: (rows if row_bytes <= 256 else rows // 2) >> (heads - 1).bit_length()
-    tq = min(32, most(128, heads, row_bytes))
-    return min(tq, most(128 if sm >= 90 else 64, index_heads, index_row_bytes)) if index_heads else tq
+    return sm < 90 or sm >= 120
 
 
-def launch_options(name, sm, d, rows=128):
+def tile_rows(sm, row_bytes, fp32):
     """
-    Keys per step, warps and pipeline stages of a kernel on a GPU of compute capability sm / 10, at head width d and so many rows to a tile: of
-    those tried, the largest that spill no register at d = 64 and 128 (`python kernels.py --report`). scores: its own queries per tile.
+    Rows of a tile's matrix product, each of row_bytes: as many as spill no register and fit into
+    shared memory.
     """
-    options = {"scores": dict(TQ=16, BN=64, num_warps=4, num_stages=3), "select": dict(BS=1024, num_warps=4, num_stages=1),
-               "attend": dict(BN=64, num_warps=8 if rows > 64 else 4, num_stages=3), "attend backward": dict(BN=64, num_warps=8, num_stages=1),
-               "index loss": dict(BN=32, num_warps=8, num_stages=1), "sum": dict(BN=64, num_warps=4, num_stages=1)}[name]
-    if (sm < 90 or d > 128) and name in ("attend", "attend backward"):
-        options["BN"] = 32
-    if sm < 90 and (name == "index loss" or name == "attend backward" and d > 64):
-        options["BN"] = 16
-    return options
+    if row_bytes > 256:
+        return max(16, (16 << 10) >> (row_bytes - 1).bit_length())  # 16 KB of rows, padded to 2^n
+    return 64 if fp32 and without_wgmma(sm) else 128
+
+
+def tile_queries(sm, heads, row_bytes, index_heads=0, index_row_bytes=0, fp32=False):
+    """
+    Queries per tile of the Triton path, at most 32 (a word has a bit for each): as many as make
+    tile_rows rows of a matrix product with the query heads of a key head; for the indexer's loss,
+    whose indexer is in fp32, with its heads too. The more queries share a tile, the fewer keys are
+    gathered.
+    """
+    tq = min(32, tile_rows(sm, row_bytes, fp32) >> (heads - 1).bit_length())
+    if index_heads:
+        tq = min(tq, tile_rows(sm, index_row_bytes, True) >> (index_heads - 1).bit_length())
+    return tq
+
+
+def launch_options(name, sm, d, rows=128, itemsize=2, ieee=False):
+    """
+    Keys per step, warps and pipeline stages of a kernel on a GPU of compute capability sm / 10, at
+    head width d, with so many rows to a tile and bytes to a number: of those tried, the largest
+    that spill no register and fit into the shared memory of every GPU with this matrix unit
+    (`python kernels.py --report`). scores: its own queries per tile.
+    ieee: fp32 products without the matrix unit, which take most registers: the smallest blocks.
+    """
+    row_bytes = d * itemsize
+    small = without_wgmma(sm) or row_bytes > 256
+    if name == "scores":
+        if row_bytes > 256:
+            return dict(TQ=8, BN=32, num_warps=4, num_stages=3)
+        return dict(TQ=16, BN=32 if ieee else 64, num_warps=4, num_stages=3)
+    if name in ("select", "pack"):
+        return dict(BS=1024, num_warps=4, num_stages=1)
+    if name == "sum":
+        return dict(BN=64 if d <= 128 else 32, num_warps=4, num_stages=1)
+    if name == "attend":
+        options = dict(BN=64, num_warps=8 if rows > 64 or ieee else 4, num_stages=3)
+        if small or itemsize == 4:
+            options["BN"] = 32
+        if ieee or row_bytes > 512:
+            options["BN"] = 16
+        return options
+    if name == "attend backward":
+        options = dict(BN=64, num_warps=8, num_stages=1)
+        if small:
+            options["BN"] = 32
+        if ieee or row_bytes > 512 or (without_wgmma(sm) and d > 64):
+            options["BN"] = 16
+        return options
+    assert name == "index loss", name
+    return dict(BN=16 if small or ieee else 32, num_warps=8, num_stages=1)
 
 
 def jit(kernel):
@@ -133,7 +177,9 @@ class Tile(NamedTuple):
 
 def document_starts(doc, pos, last_doc=None, last_start=None):
     """
-    Where the document of each position starts: doc, pos (B or 1, T) -> (B, T). A document is a run of equal ids.
+    Where the document of each position starts: doc, pos (B or 1, T) -> (B, T). A document is a run
+    of equal ids: an id that comes back later is another document.
+    Ids 7 7 3 3 7 at positions 0 1 2 3 4 -> 0 0 2 2 4.
     last_doc, last_start (B,): those of the position before the first, which may be in the same document.
     """
     start = torch.where(torch.cat((torch.ones_like(doc[:, :1]), doc.diff(dim=1)), 1) != 0, pos, 0)
@@ -151,7 +197,11 @@ class Visible:
 
     @classmethod
     def causal(cls, T, doc=None, device=None):
-        """The usual case: T queries at positions 0…T-1 over T keys; doc (B, T), a document id per position, or None."""
+        """
+        The usual case: T queries at positions 0…T-1 over T keys. doc (B, T): a document id per
+        position, or None for one document. A document is a run of equal ids: an id that comes back
+        later is another document.
+        """
         pos = torch.arange(T, device=device)[None]
         return cls(pos, T, None if doc is None else document_starts(doc, pos))
 
@@ -298,14 +348,31 @@ class Selection:
     budget: Tensor         # (B, T) int64, k_t = |S_t|
     indices: Tensor | None  # (B, T, max k_t) int32 in no particular order, -1 = none; None = every visible key
     var: Tensor | None = None  # (B, T) Var_t, population variance of the scores over the visible keys
-    packed: dict = field(default_factory=dict)  # what lists() has returned
+    packed: dict = field(default_factory=dict)  # what lists() has returned, by tq
 
     def lists(self, tq):
-        """The union lists of the Triton path (_pack) by tiles of tq queries, or nothing where every visible key is selected."""
+        """
+        The union lists of the Triton path by tiles of tq queries: offsets, keys, words (see _pack)
+        and the most keys that a tile can have, a number. The first three are None where every
+        visible key is selected.
+
+        A tile of tq queries with `width` keys each has at most min(S, tq·width) keys, and none
+        after the position of its last query t, which is at most S - T + t (positions increase along
+        T). So the lists are allocated without asking the GPU how long they are. Only where this
+        bound is above LIST_BYTES the true numbers are read, all by one synchronisation.
+        """
+        S, T = self.visible.n_keys, self.visible.pos.size(1)
         if self.indices is None:
-            return None, None, None
+            return None, None, None, S
         if tq not in self.packed:
-            self.packed[tq] = _pack(self.indices, self.visible.n_keys, tq)
+            B, _, width = self.indices.shape
+            widest = min(S, tq * width)
+            size = B * sum(min(S - T + min(t + tq, T), widest) for t in range(0, T, tq))
+            offsets, keys, words = _pack(self.indices, S, tq, size)
+            if 8 * size > LIST_BYTES:
+                size, widest = torch.stack((offsets[-1], offsets.diff().max())).tolist()
+                keys, words = keys[:size].clone(), words[:size].clone()
+            self.packed[tq] = offsets, keys, words, widest
         return self.packed[tq]
 
     @classmethod
@@ -419,13 +486,18 @@ def _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr, RP: tl.con
 
 
 @jit
-def _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr):
-    """A tile's keys: where its union list begins or, DENSE, the first key that its queries can see; and how many there are."""
+def _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr, LIST_TQ: tl.constexpr,
+          DENSE: tl.constexpr, HAS_START: tl.constexpr):
+    """
+    A tile's keys: where its union list begins or, DENSE, the first key that its queries can see;
+    and how many there are. The lists are of LIST_TQ queries: a tile of fewer reads the list of the
+    larger tile that it is a part of.
+    """
     if DENSE:
         first = tl.load(p_start + i_b * T + i_tile * TQ).to(tl.int32) if HAS_START else 0
         n = tl.load(p_pos + i_b * pos_b + tl.minimum(i_tile * TQ + TQ, T) - 1).to(tl.int32) + 1 - first
     else:
-        p_tile = p_offsets + i_b * tl.cdiv(T, TQ) + i_tile
+        p_tile = p_offsets + i_b * tl.cdiv(T, LIST_TQ) + i_tile * TQ // LIST_TQ
         first = tl.load(p_tile)
         n = (tl.load(p_tile + 1) - first).to(tl.int32)
     return first, n
@@ -455,7 +527,7 @@ def _activation(z, SIGMOID: tl.constexpr, FAST: tl.constexpr):
         else:
             a = tl.sigmoid(z)
     else:
-        a = tl.maximum(z, 0.0)
+        a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch.relu: NaN stays NaN
     return a
 
 
@@ -476,13 +548,17 @@ def _sm(x):
 
 
 def _options(name, x, rows=128):
-    return launch_options(name, _sm(x), x.size(-1), rows)
+    """launch_options for rows like those of x. The loss has an indexer in fp32 beside any x."""
+    fp32 = x.dtype == torch.float32 or name == "index loss"
+    ieee = fp32 and torch.get_float32_matmul_precision() == "highest"
+    return launch_options(name, _sm(x), x.size(-1), rows, x.element_size(), ieee)
 
 
 def _tile_queries(q, k, iq=None):
     """tile_queries for attention by q and k or, with iq, for the indexer's loss."""
     index = () if iq is None else (iq.size(2), iq.size(3) * iq.element_size())
-    return tile_queries(_sm(q), q.size(2) // k.size(2), q.size(3) * q.element_size(), *index)
+    heads, row_bytes = q.size(2) // k.size(2), q.size(3) * q.element_size()
+    return tile_queries(_sm(q), heads, row_bytes, *index, fp32=q.dtype == torch.float32)
 
 
 def _fast(x, precision):
@@ -512,12 +588,14 @@ def index_scores_eager(index):
 def budgets(var, n_visible, budget):
     """
     k_t (Eq. 8), clamped to [k_min, k_max] and to the number of visible keys. All (B, T).
-    While nothing has been averaged (V̄ = 0) every query counts as average. Rounded, except 'eq8', printed with a floor.
+    While nothing has been averaged (V̄ = 0) every query counts as average, and so does one with a
+    score that is not finite (Var_t = NaN). Rounded, except 'eq8', printed with a floor.
     """
     if budget.rule == "fixed":
         k = torch.full_like(n_visible, budget.k_base)
     else:
-        ratio = torch.where(budget.var_avg > 0, var / budget.var_avg.to(var.dtype).clamp(min=1e-30), 1.0)
+        known = (budget.var_avg > 0) & ~var.isnan()
+        ratio = torch.where(known, var / budget.var_avg.to(var.dtype).clamp(min=1e-30), 1.0)
         if budget.rule == "eq8":
             k = (budget.k_base * ratio).clamp(max=budget.k_max).floor().long()
         elif budget.rule == "inverse":  # DEVIATION: the direction that the paper's prose describes
@@ -547,6 +625,8 @@ def select_eager(index, visible, budget):
     k = budgets(var, n, budget)
     age = visible.pos[..., None] - torch.arange(scores.size(-1), device=scores.device)
     forced = (age < max(1, budget.n_local)) | (mask.cumsum(-1) <= budget.n_sink)
+    # All finite, NaN the lowest, so that hidden < visible < forced
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
     order = scores.masked_fill(forced, math.inf).masked_fill(~mask, -math.inf).sort(dim=-1, descending=True, stable=True).indices
     chosen = torch.arange(scores.size(-1), device=k.device) < k[..., None]
     return torch.zeros_like(mask).scatter_(2, order, chosen), k, var
@@ -568,14 +648,17 @@ def _tile_scores(index, visible, tile):
         z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, tq·Hi, n)
         z = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
         x.copy_(torch.bmm(w, z.view(B * tq, Hi, -1)).view_as(x))
-        if tile.low <= begin and part.end <= tile.high:
+        whole = tile.low <= begin and part.end <= tile.high  # every query sees every key
+        if whole:
             mean = x.mean(-1)  # (B, tq)
             count, square = torch.full_like(mean, x.size(2)), (x - mean[..., None]).square_().sum(-1)
         else:
-            see = visible.mask(part).to(x.dtype)  # (B or 1, tq, n)
-            count = see.sum(-1).expand(B, -1)
-            mean = (x * see).sum(-1) / count.clamp(min=1)
-            square = ((x - mean[..., None]) * see).square_().sum(-1)
+            see = visible.mask(part)  # (B or 1, tq, n)
+            count = see.sum(-1).to(x.dtype).expand(B, -1)  # (B, tq)
+            mean = x.where(see, 0).sum(-1) / count.clamp(min=1)  # a hidden NaN times 0 were NaN
+            square = (x - mean[..., None]).where(see, 0).square_().sum(-1)
+        x.nan_to_num_(nan=-FINITE).clamp_(-FINITE, FINITE)  # NaN counts as the lowest score
+        if not whole:
             x += visible.bias(part)
         moments.append((count, mean, square))
     count, mean, square = map(torch.stack, zip(*moments))  # (pieces, B, tq)
@@ -593,7 +676,7 @@ def _scores_kernel(p_q, p_k, p_w, p_b, p_pos, p_start, p_scores, scale, t0, T, S
     program owns TQ queries × BN keys: 2·TQ·BN·Hi·di FLOP, TQ·BN·Hi activations, TQ·BN·4 bytes written.
     """
     i_tile, i_n, i_b = tl.program_id(0) + t0 // TQ, tl.program_id(1), tl.program_id(2)
-    first, n = _span(p_pos, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, True, HAS_START)
+    first, n = _span(p_pos, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, TQ, True, HAS_START)
     if (i_n * BN < first + n) & (i_n * BN + BN > first):
         query, head, t, pos, start = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)
         live = (t < T) & (head < Hi)
@@ -621,14 +704,20 @@ def _row_scores(p_row, s, there, pos, start, n_sink, n_local):
 
 @jit
 def _bin(x, forced, low, scale):
-    """One of 2048 bins of equal width from `low` on, in the order of the scores: what is beyond them in the outer ones, forced keys in the last."""
-    b_bin = tl.minimum(tl.maximum((x - low) * scale, 0.0), 2046.0).to(tl.int32)
+    """
+    One of 2048 bins of equal width from `low` on, in the order of the scores: what is beyond them
+    in the outer ones, forced keys in the last. NaN, of which no comparison is true, is in the
+    first, and so is every score where low or scale is not finite.
+    """
+    at = (x - low) * scale
+    b_bin = tl.where(at > 0, tl.minimum(at, 2046.0), 0.0).to(tl.int32)
     return tl.where(forced, 2047, b_bin)
 
 
 @jit
 def _ordered(x, forced):
-    """Scores as uint32 in the order of the floats, forced keys above all."""
+    """Scores as uint32 in the order of the floats, NaN as the lowest, forced keys above all."""
+    x = tl.where(x == x, x, float("-inf"))
     bits = tl.where(x == 0, 0.0, x).to(tl.uint32, bitcast=True)  # -0 = 0
     bits = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
     return tl.where(forced, 0xFFFFFFFF, bits).to(tl.uint32)
@@ -643,8 +732,10 @@ def _kth(b_hist, need):
 
 
 @jit
-def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var, t0, T, S, pos_b, n_rows, width,
-                   k_base, k_min, k_max, n_sink, n_local, RULE: tl.constexpr, HAS_START: tl.constexpr, BS: tl.constexpr):
+def _select_kernel(p_scores, p_few, p_w, p_pos, p_start, p_var_avg, p_indices, p_k_t, p_var,
+                   t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max, n_sink, n_local,
+                   Hi: tl.constexpr, RP: tl.constexpr, SIGMOID: tl.constexpr, RULE: tl.constexpr,
+                   HAS_START: tl.constexpr, BS: tl.constexpr):
     """
     Var_t, k_t (Eq. 8) and the k_t best keys of one query. Grid (n_rows, B). Reads its row of scores twice: for a histogram of 2048
     bins and the variance; and to emit the keys of the bins above that of the k_t-th largest score and to set aside those of that
@@ -661,10 +752,19 @@ def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t,
     p_out = p_indices + (i_b.to(tl.int64) * T + i_t) * width
     lane = tl.arange(0, BS)
     first = start // BS * BS
-    # The bins span the scores of the first keys. Squares are of scores less the mean of these: of like size, when they are subtracted
+    # Squares are of scores less the mean of the first ones: of like size, when they are subtracted
     x, see, forced = _row_scores(p_row, start + lane, start + lane <= pos, pos, start, n_sink, n_local)
-    low, high = tl.min(tl.where(see, x, float("inf")), 0), tl.max(tl.where(see, x, float("-inf")), 0)
-    shift, scale = tl.sum(x, 0) / tl.minimum(n, BS), 2046 / tl.maximum(high - low, 1e-30)
+    shift = tl.sum(x, 0) / tl.minimum(n, BS)
+    if SIGMOID:  # the bins span what Σ_j w_j·σ can be
+        head = tl.arange(0, RP)
+        p_w += (i_b.to(tl.int64) * T + i_t) * Hi
+        w = tl.load(p_w + head, mask=head < Hi, other=0.0).to(tl.float32)  # (RP,)
+        low = tl.sum(tl.minimum(w, 0.0), 0)
+        high = tl.sum(tl.maximum(w, 0.0), 0)
+    else:  # the bins span the first scores
+        low = tl.min(tl.where(see, x, float("inf")), 0)
+        high = tl.max(tl.where(see, x, float("-inf")), 0)
+    scale = 2046 / tl.maximum(high - low, 1e-30)
     b_n, b_sum, b_square = tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32)
     b_hist = tl.zeros([2048], tl.int32)
     for s0 in range(first, pos + 1, BS):
@@ -681,7 +781,8 @@ def _select_kernel(p_scores, p_few, p_pos, p_start, p_var_avg, p_indices, p_k_t,
         mean = tl.sum(b_sum, 0) / n
         var = tl.sum(b_square - b_sum * b_mean + b_n * (b_mean - mean) * (b_mean - mean), 0) / n
         avg = tl.load(p_var_avg)
-        ratio = tl.where(avg > 0, var / tl.maximum(avg, 1e-30), 1.0)
+        known = (avg > 0) & (var == var)  # as in budgets(): var may be NaN
+        ratio = tl.where(known, var / tl.maximum(avg, 1e-30), 1.0)
         if RULE == "inverse":
             kf = tl.floor(k_base * (0.5 + 1 / (1 + ratio)) + 0.5)
         else:
@@ -745,16 +846,23 @@ def _select(q: Tensor, key: Tensor, w: Tensor, b: Tensor, activation: str, pos: 
     tq = options["TQ"]
     n_rows = min(-(-T // tq) * tq, max(tq, SCORES_BYTES // (4 * B * S) // tq * tq))
     scores, few = torch.empty(B, n_rows, S, device=q.device), torch.empty(B, n_rows, S, device=q.device, dtype=torch.int32)
-    ends = pos.amax(0)[n_rows - 1::n_rows].tolist() + [S - 1] if n_rows < T else [S - 1]  # the last key that a chunk can see
     pos, start, pos_b, has_start, precision = _launch(pos, start)
-    for t0, end in zip(range(0, T, n_rows), ends):
+    sigmoid, heads = activation == "sigmoid", triton.next_power_of_2(Hi)
+    for t0 in range(0, T, n_rows):
         rows = min(n_rows, T - t0)
-        _scores_kernel[(triton.cdiv(rows, tq), triton.cdiv(end + 1, options["BN"]), B)](
-            q, key, w, b, pos, start, scores, 1 / math.sqrt(di), t0, T, S, pos_b, n_rows, Hi, di, _pow2(di), triton.next_power_of_2(Hi),
-            HAS_START=has_start, SIGMOID=activation == "sigmoid", FAST=_fast(q, precision), PRECISION=precision, **options)
+        # Positions increase along T and are below S: these queries see no key from `end` on
+        end = S - T + t0 + rows
+        _scores_kernel[(triton.cdiv(rows, tq), triton.cdiv(end, options["BN"]), B)](
+            p_q=q, p_k=key, p_w=w, p_b=b, p_pos=pos, p_start=start, p_scores=scores,
+            scale=1 / math.sqrt(di), t0=t0, T=T, S=S, pos_b=pos_b, n_rows=n_rows,
+            Hi=Hi, DI=di, DP=_pow2(di), RP=heads, HAS_START=has_start, SIGMOID=sigmoid,
+            FAST=_fast(q, precision), PRECISION=precision, **options)
         _select_kernel[(rows, B)](
-            scores, few, pos, start, var if var_avg is None else var_avg, indices, k, var, t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max,
-            n_sink, max(1, n_local), rule, has_start, **_options("select", q))
+            p_scores=scores, p_few=few, p_w=w, p_pos=pos, p_start=start,
+            p_var_avg=var if var_avg is None else var_avg, p_indices=indices, p_k_t=k, p_var=var,
+            t0=t0, T=T, S=S, pos_b=pos_b, n_rows=n_rows, width=width, k_base=k_base, k_min=k_min,
+            k_max=k_max, n_sink=n_sink, n_local=max(1, n_local), Hi=Hi, RP=heads,
+            SIGMOID=sigmoid, RULE=rule, HAS_START=has_start, **_options("select", q))
     return k, indices, var
 
 
@@ -764,31 +872,58 @@ def _(q, key, w, b, activation, pos, start, rule, k_base, k_min, k_max, n_sink, 
     return q.new_empty(B, T, dtype=torch.long), q.new_empty(B, T, width, dtype=torch.int32), q.new_empty(B, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("gsa::pack", mutates_args=())
-def _pack(indices: Tensor, n_keys: int, tq: int) -> tuple[Tensor, Tensor, Tensor]:
+@jit
+def _pack_kernel(p_member, p_offsets, p_keys, p_words, n_keys, BS: tl.constexpr):
     """
-    A selection (B, T, k) by tiles of tq queries: offsets (B·tiles + 1,) int64, where in the next two a tile begins; keys (n,)
-    int32, the union of its keys, ascending; words (n,) int32, bit i = its query i selects the key.
+    The union list of one tile, from a row of p_member (tiles, n_keys + 1), which holds a word per
+    key. Grid (tiles,).
+    """
+    i_tile = tl.program_id(0)
+    p_member += i_tile.to(tl.int64) * (n_keys + 1)
+    out = tl.load(p_offsets + i_tile)
+    for s0 in range(0, n_keys, BS):
+        key = s0 + tl.arange(0, BS)
+        word = tl.load(p_member + key, mask=key < n_keys, other=0)  # (BS,)
+        used = (word != 0).to(tl.int32)
+        at = out + tl.cumsum(used, 0) - 1
+        tl.store(p_keys + at, key, mask=used != 0)
+        tl.store(p_words + at, word, mask=used != 0)
+        out += tl.sum(used, 0)
+
+
+@torch.library.custom_op("gsa::pack", mutates_args=())
+def _pack(indices: Tensor, n_keys: int, tq: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    A selection (B, T, k) by tiles of tq queries: offsets (B·tiles + 1,) int64, where in the next
+    two a tile begins; keys (size,) int32, the union of its keys, ascending; words (size,) int32,
+    bit i = its query i selects the key. size: a bound of the number of keys, which is offsets[-1];
+    what is behind them is not set.
     """
     B, T, width = indices.shape
     tiles = F.pad(indices, (0, 0, 0, -T % tq), value=-1).view(-1, tq, width)
     bits = (1 << torch.arange(tq, device=tiles.device, dtype=torch.int32))[:, None]
-    counts, keys, words = [], [], []
-    for part in tiles.split(max(1, SCORES_BYTES // (4 * n_keys))):
-        member = part.new_zeros(len(part), n_keys + 1)  # the -1s land in a column that is dropped
-        member.scatter_add_(1, torch.where(part < 0, n_keys, part).long().flatten(1), bits.expand_as(part).flatten(1))
-        tile, key = member[:, :n_keys].nonzero(as_tuple=True)
-        counts.append(tile.bincount(minlength=len(part)))
-        keys.append(key.int())
-        words.append(member[tile, key])
-    return F.pad(torch.cat(counts).cumsum(0), (1, 0)), torch.cat(keys), torch.cat(words)
+    offsets = torch.zeros(len(tiles) + 1, device=tiles.device, dtype=torch.long)
+    keys = indices.new_empty(size)
+    words = indices.new_empty(size)
+    n = max(1, SCORES_BYTES // (4 * n_keys))  # tiles at a time
+    for i in range(0, len(tiles), n):
+        part = tiles[i:i + n]  # (n, tq, width)
+        member = part.new_zeros(len(part), n_keys + 1)  # (n, S + 1), the last column for the -1s
+        at = torch.where(part < 0, n_keys, part).long().flatten(1)  # (n, tq·width)
+        member.scatter_add_(1, at, bits.expand_as(part).flatten(1))
+        counts = (member[:, :n_keys] != 0).sum(1)  # (n,)
+        offsets[i + 1:i + 1 + len(part)] = offsets[i] + counts.cumsum(0)
+        _pack_kernel[(len(part),)](
+            p_member=member, p_offsets=offsets[i:], p_keys=keys, p_words=words, n_keys=n_keys,
+            **_options("pack", indices))
+    return offsets, keys, words
 
 
 @_pack.register_fake
-def _(indices, n_keys, tq):
-    n = torch.library.get_ctx().new_dynamic_size()
+def _(indices, n_keys, tq, size):
     tiles = indices.size(0) * ((indices.size(1) + tq - 1) // tq)
-    return indices.new_empty(tiles + 1, dtype=torch.long), indices.new_empty(n), indices.new_empty(n)
+    offsets = indices.new_empty(tiles + 1, dtype=torch.long)
+    return offsets, indices.new_empty(size), indices.new_empty(size)
 
 
 def _greatest(scores, k, n):
@@ -925,7 +1060,7 @@ def _attend_kernel(p_q, p_k, p_v, p_o, p_lse, p_offsets, p_keys, p_words, p_pos,
     b_q = tl.load(p_q + i_b.to(tl.int64) * T * H * D + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
     p_k += i_b.to(tl.int64) * S * G * D
     p_v += i_b.to(tl.int64) * S * G * D
-    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, TQ, DENSE, HAS_START)
     if SPLITS > 1:
         part = tl.cdiv(n, SPLITS * BN) * BN
         begin = i_s * part
@@ -983,7 +1118,7 @@ def _attend_backward_kernel(p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk, p_d
     b_do = tl.load(p_do + row[:, None] * D + d, mask=live[:, None] & (d < D), other=0.0)
     lse = tl.load(p_lse + row, mask=live, other=0.0) * 1.4426950408889634
     delta = tl.load(p_delta + row, mask=live, other=0.0)
-    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, TQ, DENSE, HAS_START)
     b_dq = tl.zeros([TQ * RP, DP], tl.float32)
     for s0 in range(0, n, BN):
         slot = s0 + tl.arange(0, BN)
@@ -1038,7 +1173,11 @@ def _add_up(part, at, total, n_tiles, widest):
 
 @torch.library.custom_op("gsa::attend", mutates_args=())
 def _attend(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, keys: Tensor | None, words: Tensor | None, pos: Tensor,
-            start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor]:
+            start: Tensor | None, widest: int, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """
+    sparse_attention() by the kernel above, with the lists of Selection.lists: o and LSE. widest
+    (most keys of a list) and deterministic are for the backward pass.
+    """
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
     tq = _tile_queries(q, k)
@@ -1062,7 +1201,8 @@ def _lists(offsets, keys, words, dummy):
 
 @torch.library.custom_op("gsa::attend_backward", mutates_args=())
 def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, offsets: Tensor | None, keys: Tensor | None,
-                     words: Tensor | None, pos: Tensor, start: Tensor | None, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+                     words: Tensor | None, pos: Tensor, start: Tensor | None, widest: int,
+                     deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
     tq = _tile_queries(q, k)
@@ -1072,7 +1212,6 @@ def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros(B, S, G, d, device=q.device, dtype=torch.float32) for _ in range(2))
     pos, start, pos_b, has_start, precision = _launch(pos, start)
-    widest = S if dense else int(offsets.diff().max())
     waves = _waves(tiles, widest, 2 * G * d * k.element_size(), B, S) if deterministic else [(0, tiles)]
     if deterministic:
         parts = [torch.empty(B * waves[0][1] * widest * G * d, device=q.device, dtype=k.dtype) for _ in range(2)]
@@ -1099,12 +1238,12 @@ def _(do, q, k, v, *_):
 
 
 def _attend_saves(ctx, inputs, output):
-    *tensors, ctx.deterministic = inputs
+    *tensors, ctx.widest, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
 def _attend_grad(ctx, do, _):
-    return *_attend_backward(do, *ctx.saved_tensors, ctx.deterministic), *[None] * 6
+    return *_attend_backward(do, *ctx.saved_tensors, ctx.widest, ctx.deterministic), *[None] * 7
 
 
 _attend.register_autograd(_attend_grad, setup_context=_attend_saves)
@@ -1121,9 +1260,14 @@ def sparse_attention(q, k, v, selection, backend="auto"):
         o, lse = sparse_attention_eager(q, k, v, selection.mask())
         return o, lse.detach()
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            return _attend(*(x.contiguous() for x in (q, k, v)), *selection.lists(_tile_queries(q, k)), selection.visible.pos, selection.visible.start, DETERMINISTIC)
-        return _attend_tiled(q, k, v, selection)
+        if backend == "torch":
+            return _attend_tiled(q, k, v, selection)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        visible = selection.visible
+        offsets, keys, words, widest = selection.lists(_tile_queries(q, k))
+        o, lse = _attend(q, k, v, offsets, keys, words, visible.pos, visible.start, widest,
+                         DETERMINISTIC)
+        return o, lse.detach()  # else the index loss's backward would run attention's, for nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1139,10 +1283,13 @@ def index_loss_eager(q, k, index, log_tau, mask):
 
 
 class _IndexLoss(torch.autograd.Function):
-    """The loss is a scalar, so its gradients are computed in the same pass over the tiles and only scaled in backward."""
+    """
+    The loss is a scalar, so its gradients are computed in the same pass over the tiles and only
+    scaled in backward. want_grads = False: they are not computed.
+    """
 
     @staticmethod
-    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection):
+    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection, want_grads):
         scale, tau = 1 / math.sqrt(iq.size(3)), log_tau.exp()
         iq, ik, iw, ib, q, k = (x.to(torch.promote_types(x.dtype, torch.float32)).contiguous() for x in (iq, ik, iw, ib, q, k))
         loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
@@ -1162,6 +1309,8 @@ class _IndexLoss(torch.autograd.Function):
             student = logits.softmax(-1)
             log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, tq)
             loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()  # Σ_s p·(log p - τI + log Z), and Σ_s p = 1
+            if not want_grads:
+                continue
             g = student.sub_(p)  # gradient with respect to τ·I
             dtau += (g * scores).sum() * tau
             g *= tau
@@ -1179,7 +1328,7 @@ class _IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 4
+        return tuple(g * (grad / ctx.n) for g in ctx.saved_tensors) + (None,) * 5
 
 
 _index_loss_tiled = torch.compiler.disable(_IndexLoss.apply)
@@ -1189,12 +1338,16 @@ _index_loss_tiled = torch.compiler.disable(_IndexLoss.apply)
 def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p_diq, p_dik, p_diw, p_dib, p_dtau, p_map,
                        p_offsets, p_keys, p_words, p_pos, p_start, scale, iscale, tile0, n_tiles, capacity, T, S, pos_b,
                        H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-                       Hi: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, RI: tl.constexpr, TQ: tl.constexpr,
-                       SIGMOID: tl.constexpr, FAST: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
+                       Hi: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, RI: tl.constexpr,
+                       TQ: tl.constexpr, LIST_TQ: tl.constexpr, SIGMOID: tl.constexpr,
+                       FAST: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr,
+                       GRADS: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr):
     """
-    KL(p ‖ softmax(τI)) of TQ queries and its gradients. Grid (n_tiles, B), tiles from tile0 on. First walk over the keys:
-    the student's LSE. Second: p, the mean over all heads of exp(S - LSE); I again; ∂/∂(τI) = softmax(τI) - p and from it
-    the gradients of the indexer's inputs; that of its keys goes the way of dk in _attend_backward_kernel.
+    KL(p ‖ softmax(τI)) of TQ queries and, GRADS, its gradients. Grid (n_tiles, B), tiles from tile0
+    on. First walk over the keys: the student's LSE. Second: p, the mean over all heads of
+    exp(S - LSE); I again; ∂/∂(τI) = softmax(τI) - p and from it the gradients of the indexer's
+    inputs; that of its keys goes the way of dk in _attend_backward_kernel. The lists are
+    attention's, of LIST_TQ ≥ TQ queries: keys that only other queries of a list chose are masked.
     """
     R: tl.constexpr = H // G
     i_tile, i_b = tl.program_id(0) + tile0, tl.program_id(1)
@@ -1214,7 +1367,9 @@ def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p
     query1, _, t1, pos1, start1 = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, 1, HAS_START)  # one row per query
     query2, head2, t2, pos2, start2 = _rows_of(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, RP, HAS_START)  # the attention's rows
     live2 = (t2 < T) & (head2 < R)
-    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, DENSE, HAS_START)
+    query1 += i_tile * TQ % LIST_TQ  # within the list's tile
+    first, n = _span(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ, LIST_TQ, DENSE,
+                     HAS_START)
     b_max = tl.full([TQ], -1e30, tl.float32)
     b_sum = tl.zeros([TQ], tl.float32)
     for s0 in range(0, n, BN):
@@ -1253,30 +1408,38 @@ def _index_loss_kernel(p_q, p_k, p_lse, p_iq, p_ik, p_iw, p_ib, p_tau, p_loss, p
         b_g = tl.where(chosen, tl.exp(tau * b_i - b_lse[:, None]), 0.0) - p_teacher  # ∂KL/∂(τI)
         log_p = tl.log(tl.where(p_teacher > 0, p_teacher, 1.0))
         b_loss += tl.sum(p_teacher * (log_p - tau * b_i + b_lse[:, None]), 1)
-        b_dtau += tl.sum(b_g * b_i, 1)
-        b_g = tl.reshape(tl.broadcast_to((b_g * tau)[:, None, :], (TQ, RI, BN)), (TQ * RI, BN))
-        b_diw += tl.sum(b_g * b_a, 1)
-        if SIGMOID:
-            b_dz = b_g * b_a * (b_w[:, None] - b_w[:, None] * b_a)
-        else:
-            b_dz = tl.where(z > 0, b_g * b_w[:, None], 0.0)
-        b_dib += tl.sum(b_dz, 1)
-        b_dz = b_dz.to(b_ik.dtype)  # 1 / √di is left to the caller
-        b_diq = tl.dot(b_dz, b_ik, b_diq, input_precision=PRECISION)
-        b_dik = tl.dot(tl.trans(b_dz), b_iq, input_precision=PRECISION)
-        tl.store(p_dik + slot[:, None] * DI + di, b_dik, mask=ok[:, None] & (di < DI))
-        tl.store(p_map + key, slot, mask=ok)
-    tl.store(p_diq + irow[:, None] * DI + di, b_diq.to(p_diq.dtype.element_ty), mask=live[:, None] & (di < DI))
-    tl.store(p_diw + irow, b_diw.to(p_diw.dtype.element_ty), mask=live)
-    tl.store(p_dib + irow, b_dib, mask=live)
+        if GRADS:
+            b_dtau += tl.sum(b_g * b_i, 1)
+            b_g = tl.reshape(tl.broadcast_to((b_g * tau)[:, None, :], (TQ, RI, BN)), (TQ * RI, BN))
+            b_diw += tl.sum(b_g * b_a, 1)
+            if SIGMOID:
+                b_dz = b_g * b_a * (b_w[:, None] - b_w[:, None] * b_a)
+            else:
+                b_dz = tl.where(z > 0, b_g * b_w[:, None], 0.0)
+            b_dib += tl.sum(b_dz, 1)
+            b_dz = b_dz.to(b_ik.dtype)  # 1 / √di is left to the caller
+            b_diq = tl.dot(b_dz, b_ik, b_diq, input_precision=PRECISION)
+            b_dik = tl.dot(tl.trans(b_dz), b_iq, input_precision=PRECISION)
+            tl.store(p_dik + slot[:, None] * DI + di, b_dik, mask=ok[:, None] & (di < DI))
+            tl.store(p_map + key, slot, mask=ok)
     tl.store(p_loss + t1, b_loss, mask=t1 < T)
-    tl.store(p_dtau + t1, b_dtau, mask=t1 < T)
+    if GRADS:
+        there = live[:, None] & (di < DI)
+        tl.store(p_diq + irow[:, None] * DI + di, b_diq.to(p_diq.dtype.element_ty), mask=there)
+        tl.store(p_diw + irow, b_diw.to(p_diw.dtype.element_ty), mask=live)
+        tl.store(p_dib + irow, b_dib, mask=live)
+        tl.store(p_dtau + t1, b_dtau, mask=t1 < T)
 
 
 @torch.library.custom_op("gsa::index_loss", mutates_args=())
-def _index_loss(q: Tensor, k: Tensor, lse: Tensor, iq: Tensor, ik: Tensor, iw: Tensor, ib: Tensor, log_tau: Tensor, offsets: Tensor | None,
-                keys: Tensor | None, words: Tensor | None, pos: Tensor, start: Tensor | None, activation: str) -> list[Tensor]:
-    """The loss () and its gradients in iq, ik, iw, ib, log_tau."""
+def _index_loss(q: Tensor, k: Tensor, lse: Tensor, iq: Tensor, ik: Tensor, iw: Tensor, ib: Tensor,
+                log_tau: Tensor, offsets: Tensor | None, keys: Tensor | None, words: Tensor | None,
+                pos: Tensor, start: Tensor | None, widest: int, activation: str,
+                want_grads: bool) -> list[Tensor]:
+    """
+    The loss () and, want_grads, its gradients in iq, ik, iw, ib, log_tau. The lists are
+    attention's: tiles of _tile_queries(q, k) queries.
+    """
     B, T, H, d = q.shape
     S, G = k.shape[1:3]
     Hi, di = iq.shape[2:]
@@ -1284,25 +1447,45 @@ def _index_loss(q: Tensor, k: Tensor, lse: Tensor, iq: Tensor, ik: Tensor, iw: T
     tiles, dense = triton.cdiv(T, tq), offsets is None
     pos, start, pos_b, has_start, precision = _launch(pos, start)
     new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    loss, dtau, diw, dib, diq, dik = new(B, T), new(B, T), new(B, T, Hi), new(B, T, Hi), new(iq.shape), new(ik.shape).zero_()
     tau = log_tau.float().exp()
-    widest = S if dense else int(offsets.diff().max())
-    waves = _waves(tiles, widest, 4 * di, B, S)
-    part = new(B * waves[0][1] * widest * di)
+    loss = new(B, T)
+    if want_grads:
+        dtau = new(B, T)
+        diw, dib = new(B, T, Hi), new(B, T, Hi)
+        diq, dik = new(iq.shape), new(ik.shape).zero_()
+        waves = _waves(tiles, widest, 4 * di, B, S)
+        part = new(B * waves[0][1] * widest * di)
+    else:
+        dtau = diw = dib = diq = part = at = loss  # stand-ins, not written
+        waves = [(0, tiles)]
+    offsets, keys, words = _lists(offsets, keys, words, pos)
     for tile0, n in waves:
-        at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32)
+        if want_grads:
+            at = torch.full((B, n, S), -1, device=q.device, dtype=torch.int32)
         _index_loss_kernel[(n, B)](
-            q, k, lse, iq, ik, iw, ib, tau, loss, diq, part, diw, dib, dtau, at, *_lists(offsets, keys, words, pos), pos, start,
-            1 / math.sqrt(d), 1 / math.sqrt(di), tile0, n, widest, T, S, pos_b, H, G, d, _pow2(d), triton.next_power_of_2(H // G),
-            Hi, di, _pow2(di), triton.next_power_of_2(Hi), tq, activation == "sigmoid", _fast(iq, precision), dense, has_start, precision, **_options("index loss", q))
-        _add_up(part, at, dik[:, :, None], n, widest)
+            p_q=q, p_k=k, p_lse=lse, p_iq=iq, p_ik=ik, p_iw=iw, p_ib=ib, p_tau=tau, p_loss=loss,
+            p_diq=diq, p_dik=part, p_diw=diw, p_dib=dib, p_dtau=dtau, p_map=at,
+            p_offsets=offsets, p_keys=keys, p_words=words, p_pos=pos, p_start=start,
+            scale=1 / math.sqrt(d), iscale=1 / math.sqrt(di), tile0=tile0, n_tiles=n,
+            capacity=widest, T=T, S=S, pos_b=pos_b,
+            H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G),
+            Hi=Hi, DI=di, DIP=_pow2(di), RI=triton.next_power_of_2(Hi),
+            TQ=tq, LIST_TQ=_tile_queries(q, k), SIGMOID=activation == "sigmoid",
+            FAST=_fast(iq, precision), DENSE=dense, HAS_START=has_start, GRADS=want_grads,
+            PRECISION=precision, **_options("index loss", q))
+        if want_grads:
+            _add_up(part, at, dik[:, :, None], n, widest)
+    if not want_grads:
+        return [loss.mean()]
     grads = diq / math.sqrt(di), dik / math.sqrt(di), diw, dib.sum((0, 1)), dtau.sum() * tau
     return [loss.mean()] + [(g / (B * T)).to(x.dtype) for g, x in zip(grads, (iq, ik, iw, ib, log_tau))]
 
 
 @_index_loss.register_fake
-def _(q, k, lse, iq, ik, iw, ib, log_tau, *_):
-    return [lse.new_empty(()), *(torch.empty_like(x) for x in (iq, ik, iw, ib, log_tau))]
+def _(q, k, lse, iq, ik, iw, ib, log_tau, *more):
+    want_grads = more[-1]
+    grads = [torch.empty_like(x) for x in (iq, ik, iw, ib, log_tau)] if want_grads else []
+    return [lse.new_empty(()), *grads]
 
 
 def _index_loss_saves(ctx, inputs, output):
@@ -1310,7 +1493,7 @@ def _index_loss_saves(ctx, inputs, output):
 
 
 def _index_loss_grad(ctx, grads):
-    return None, None, None, *(g * grads[0].to(g.dtype) for g in ctx.saved_tensors), *[None] * 6
+    return None, None, None, *(g * grads[0].to(g.dtype) for g in ctx.saved_tensors), *[None] * 8
 
 
 _index_loss.register_autograd(_index_loss_grad, setup_context=_index_loss_saves)
@@ -1327,11 +1510,18 @@ def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
     _check(backend, selection, index_q=index.q, index_k=index.k, index_w=index.w, index_b=index.b)
     if backend == "eager":
         return index_loss_eager(q.detach(), k.detach(), index, log_tau, selection.mask())
+    q, k, lse = q.detach(), k.detach(), lse.detach()
+    student = (*index[:4], log_tau)
+    want_grads = torch.is_grad_enabled() and any(x.requires_grad for x in student)
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "triton":
-            tensors = (x.contiguous() for x in (q.detach(), k.detach(), lse, *index[:4], log_tau))
-            return _index_loss(*tensors, *selection.lists(_tile_queries(q, k, index.q)), selection.visible.pos, selection.visible.start, index.activation)[0]
-        return _index_loss_tiled(*index[:4], log_tau, index.activation, q.detach(), k.detach(), selection)
+        if backend == "torch":
+            return _index_loss_tiled(*student, index.activation, q, k, selection, want_grads)
+        visible = selection.visible
+        tensors = (x.contiguous() for x in (q, k, lse, *student))
+        offsets, keys, words, widest = selection.lists(_tile_queries(q, k))
+        results = _index_loss(*tensors, offsets, keys, words, visible.pos, visible.start, widest,
+                              index.activation, want_grads)
+        return results[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1378,37 +1568,74 @@ def attention_report(q, k, selection):
 # ----------------------------------------------------------------------------------------------------------------
 # python kernels.py --report: what the compiler makes of the kernels, no GPU needed
 
-def compile_report(targets=(80, 90, 100)):
+# What compile_report compiles: dtype, H, G, d
+LAYERS = (("bf16", 16, 4, 128), ("bf16", 12, 4, 64), ("fp32", 16, 4, 128), ("fp32", 16, 4, 256))
+
+
+def report_kernels(dtype, H, G, d):
+    """The kernels that compile_report compiles for a layer: name -> kernel, its own arguments."""
+    partial = dict.fromkeys(("p_dk", "p_dv", "p_part"), "*" + dtype)  # the deterministic sums
+    found = {"attend": (_attend_kernel, {}),
+             "attend backward": (_attend_backward_kernel, dict(ATOMIC=False, **partial)),
+             "index loss": (_index_loss_kernel, {})}
+    if dtype == "bf16":
+        found["attend backward, atomics"] = _attend_backward_kernel, dict(ATOMIC=True)
+    if dtype == "bf16" or d > 128:
+        found["sum"] = _sum_kernel, partial
+    if (dtype, H, G, d) == LAYERS[0]:  # these depend on no head of attention
+        found["scores"] = _scores_kernel, dict(DP=64, RP=4, p_q="*fp32", p_k="*fp32")
+        found["select"] = _select_kernel, dict(RP=4)
+        found["pack"] = _pack_kernel, {}
+    return found
+
+
+def compile_report(targets=(80, 89, 90, 100)):
     """
-    Compile every kernel ahead of time, in bf16 at two sizes of layer, for GPUs of these compute capabilities. Yields dicts:
-    kernel, sm, H, G, d; registers (per thread), stack and shared (bytes), read from the binary; instructions, a count by name.
+    Compile the kernels ahead of time, at the sizes of LAYERS, for GPUs of these compute
+    capabilities. Yields dicts: kernel, dtype, sm, H, G, d; registers (per thread), stack and shared
+    (bytes), read from the binary; instructions, a count by name. fp32 is computed in TF32. sm_80
+    and sm_89 get the same code: bf16 is compiled for the one, fp32 for the other.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    pointers = {"bf16": "q k v o do dq", "i32": "indices few keys words map", "i64": "pos start offsets k_t"}
-    kinds = {"p_" + name: "*" + kind for kind, names in pointers.items() for name in names.split()}
-    partial = dict.fromkeys(("p_dk", "p_dv", "p_part"), "*bf16")  # the deterministic sums; model.py's indexer is in fp32 (TF32)
-    kernels = {"scores": (_scores_kernel, dict(DP=64, RP=4, p_q="*fp32", p_k="*fp32")), "select": (_select_kernel, {}), "attend": (_attend_kernel, {}),
-               "attend backward": (_attend_backward_kernel, dict(ATOMIC=False, **partial)),
-               "attend backward, atomics": (_attend_backward_kernel, dict(ATOMIC=True)),
-               "sum": (_sum_kernel, partial), "index loss": (_index_loss_kernel, {})}
-    for H, G, d in ((16, 4, 128), (12, 4, 64)):
-        sizes = dict(H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G), Hi=4, DI=64, DIP=64, RI=4, SPLITS=1, DENSE=False,
-                     HAS_START=True, SIGMOID=True, FAST=True, PRECISION="tf32", RULE="inverse")
-        for name, (kernel, more) in kernels.items():
-            signature = {}
+    for sm, (dtype, H, G, d) in itertools.product(targets, LAYERS):
+        if (sm, dtype) in ((80, "fp32"), (89, "bf16")):
+            continue
+        itemsize = 2 if dtype == "bf16" else 4
+        pointers = {dtype: "q k v o do dq", "i32": "indices few keys words map member",
+                    "i64": "pos start offsets k_t"}
+        kinds = {}
+        for kind, names in pointers.items():
+            kinds |= {"p_" + name: "*" + kind for name in names.split()}
+        list_tq = tile_queries(sm, H // G, d * itemsize, fp32=dtype == "fp32")
+        loss_tq = tile_queries(sm, H // G, d * itemsize, 4, 4 * 64, fp32=dtype == "fp32")
+        sizes = dict(H=H, G=G, D=d, DP=_pow2(d), RP=triton.next_power_of_2(H // G),
+                     Hi=4, DI=64, DIP=64, RI=4, SPLITS=1, LIST_TQ=list_tq, DENSE=False,
+                     HAS_START=True, SIGMOID=True, FAST=True, GRADS=True, PRECISION="tf32",
+                     RULE="inverse")
+        for name, (kernel, more) in report_kernels(dtype, H, G, d).items():
+            tq = loss_tq if name == "index loss" else list_tq
+            if name == "scores":
+                options = launch_options(name, sm, 64, itemsize=4)
+            else:
+                options = launch_options(name.split(",")[0], sm, d, tq * H // G, itemsize)
+            values = sizes | dict(TQ=tq) | more | options
+            signature, constants, aligned = {}, {}, {}
             for p in kernel.params:
-                kind = "*fp32" if p.name.startswith("p_") else "fp32" if p.name in ("scale", "iscale") else "i32"
-                signature[p.name] = "constexpr" if p.is_constexpr else more.get(p.name, kinds.get(p.name, kind))
-            at = {p.name: (p.num,) for p in kernel.params}
-            aligned = {at[n]: [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
-            for sm in targets:
-                tq = tile_queries(sm, H // G, 2 * d, *((sizes["Hi"], 4 * sizes["DI"]) if name == "index loss" else ()))
-                options = launch_options(name.split(",")[0], sm, d, tq * H // G)
-                constants = {at[n]: (sizes | dict(TQ=tq) | more | options)[n] for n, kind in signature.items() if kind == "constexpr"}
-                launch = {k: v for k, v in options.items() if k.startswith("num_")}
-                binary = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", sm, 32), options=launch)
-                yield dict(kernel=name, sm=sm, H=H, G=G, d=d, shared=binary.metadata.shared, **_resources(binary.asm["cubin"]))
+                if p.is_constexpr:
+                    signature[p.name] = "constexpr"
+                    constants[(p.num,)] = values[p.name]
+                elif p.name.startswith("p_"):
+                    signature[p.name] = more.get(p.name, kinds.get(p.name, "*fp32"))
+                    aligned[(p.num,)] = [["tt.divisibility", 16]]
+                else:
+                    signature[p.name] = "fp32" if p.name in ("scale", "iscale") else "i32"
+            launch = {name: value for name, value in options.items() if name.startswith("num_")}
+            source = ASTSource(kernel, signature, constants, aligned)
+            binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch)
+            resources = _resources(binary.asm["cubin"])
+            yield dict(kernel=name, dtype=dtype, sm=sm, H=H, G=G, d=d,
+                       shared=binary.metadata.shared, **resources)
 
 
 def _resources(cubin):
@@ -1427,12 +1654,14 @@ def main(argv):
         raise SystemExit("usage: python kernels.py --report")
     if triton is None or INTERPRET:
         raise SystemExit("the report needs the package triton, and TRITON_INTERPRET unset")
-    print(f"compiled by Triton {triton.__version__} for bf16; nothing here was run")
-    print(f"{'kernel':<26}{'GPU':>7}{'H':>4}{'d':>5}{'registers':>11}{'stack B':>9}{'shared KB':>11}  matrix unit      special functions")
+    print(f"compiled by Triton {triton.__version__}; nothing here was run")
+    print(f"{'kernel':<26}{'dtype':>6}{'GPU':>7}{'H':>4}{'d':>5}{'registers':>11}{'stack B':>9}"
+          f"{'shared KB':>11}  matrix unit      special functions")
     for r in compile_report():
         matrix = [n for n in r["instructions"] if re.match("HGMMA|UTCHMMA|HMMA|QGMMA", n)]
         mufu = {n: c for n, c in sorted(r["instructions"].items()) if n.startswith("MUFU")}
-        print(f"{r['kernel']:<26}{'sm_' + str(r['sm']):>7}{r['H']:>4}{r['d']:>5}{r['registers']:>11}{r['stack']:>9}{r['shared'] / 1024:>11.1f}  "
+        print(f"{r['kernel']:<26}{r['dtype']:>6}{'sm_' + str(r['sm']):>7}{r['H']:>4}{r['d']:>5}"
+              f"{r['registers']:>11}{r['stack']:>9}{r['shared'] / 1024:>11.1f}  "
               f"{', '.join(matrix)[:15]:<15}  {', '.join(f'{n[5:]} {c}' for n, c in mufu.items())}", flush=True)
 
 

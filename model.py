@@ -14,6 +14,7 @@ Layout   (B, T, H, d) everywhere. Masks: True = attend. Invalid index: -1.
 """
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
@@ -65,9 +66,17 @@ class GSAConfig:
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_index_head", "d_index",
-                     "k_base", "k_min", "k_max"):
-            need(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, must be positive")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if f.type is int:
+                least = 0 if f.name in ("n_sink", "n_local") else 1
+                need(number and isinstance(value, Integral) and value >= least,
+                     f"{f.name} is {value!r}, must be an integer of at least {least}")
+            if f.type is float:
+                need(number and -math.inf < value < math.inf,
+                     f"{f.name} is {value!r}, must be a finite number")
+        need(self.rope_base > 0, f"rope_base is {self.rope_base}, must be positive")
         need(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         need(self.n_embd // self.n_head % 2 == 0, f"head width {self.n_embd // self.n_head} is odd: RoPE rotates pairs")
@@ -75,7 +84,6 @@ class GSAConfig:
         need(self.index_activation in ("sigmoid", "relu"), f"index_activation {self.index_activation!r} is not sigmoid or relu")
         need(self.k_rule in ("inverse", "eq8", "fixed"), f"k_rule {self.k_rule!r} is not one of inverse, eq8, fixed")
         need(self.k_min <= self.k_max, f"k_min {self.k_min} is larger than k_max {self.k_max}")
-        need(self.n_sink >= 0 and self.n_local >= 0, "n_sink and n_local must not be negative")
         need(self.n_sink + max(1, self.n_local) <= self.k_min,
              f"k_min {self.k_min} has no room for the {self.n_sink} + {max(1, self.n_local)} forced keys (n_sink, n_local)")
 
@@ -94,13 +102,19 @@ class GSAOutput:
 
 
 class KVCache:
-    """Keys and values of every layer, the indexer's keys beside them. Rows may have different lengths."""
+    """
+    Keys and values of every layer, the indexer's keys beside them. Rows may have different lengths.
+    dtype is that of k and v, index_dtype that of k_index (default dtype). GSA.new_cache knows both.
+    """
 
-    def __init__(self, config, B, size, device=None, dtype=None):
-        def empty(*shape):
+    def __init__(self, config, B, size, device=None, dtype=None, index_dtype=None):
+        def empty(dtype, *shape):
             return [torch.zeros(B, size, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.k, self.v = empty(config.n_kv_head, config.d_head), empty(config.n_kv_head, config.d_head)
-        self.k_index = empty(config.d_index) if config.sparse else [None] * config.n_layer
+        self.k = empty(dtype, config.n_kv_head, config.d_head)  # n_layer × (B, S, G, d)
+        self.v = empty(dtype, config.n_kv_head, config.d_head)  # n_layer × (B, S, G, d)
+        self.k_index = [None] * config.n_layer
+        if config.sparse:
+            self.k_index = empty(index_dtype or dtype, config.d_index)  # n_layer × (B, S, di)
         self.doc, self.start = torch.zeros(2, B, size, dtype=torch.long, device=device)  # document and its first position
         self.length = torch.zeros(B, dtype=torch.long, device=device)  # tokens held, per row
         self.size = size
@@ -144,8 +158,10 @@ def rope(x, cos, sin):
 
 
 def rope_tables(block_size, width, base):
-    angle = torch.arange(block_size)[:, None] * base ** (-torch.arange(0, width, 2) / width)  # (block_size, width/2)
-    return angle.cos()[:, None], angle.sin()[:, None]
+    """cos and sin (block_size, 1, width/2). A float32 angle of 1e5 would be wrong by 4e-3."""
+    speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (width/2,)
+    angle = torch.arange(block_size, dtype=torch.float64)[:, None] * speed  # (block_size, width/2)
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]
 
 
 class Gate(nn.Module):
@@ -359,6 +375,8 @@ class GSA(nn.Module):
 
     def trunk(self, idx, doc=None, cache=None, warmup=False, want_loss=False, want_stats=False):
         """idx (B, T) -> normalised final hidden states (B, T, C), index loss summed over layers or None, stats dict."""
+        if idx.dim() != 2 or idx.numel() == 0:
+            raise ValueError(f"idx has shape {tuple(idx.shape)}, not (B, T) with B, T at least 1")
         B, T = idx.shape
         assert doc is None or doc.shape == idx.shape, f"doc {tuple(doc.shape)} must match idx {tuple(idx.shape)}"
         if cache is None:
@@ -367,8 +385,9 @@ class GSA(nn.Module):
             visible = kernels.Visible.causal(T, doc, idx.device)
         else:
             pos = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            if int(pos[:, -1].max()) >= min(cache.size, self.config.block_size):
-                raise ValueError(f"{int(pos[:, -1].max()) + 1} tokens do not fit in the cache ({cache.size}) and "
+            longest = int(pos[:, -1].max()) + 1  # the one wait for the device
+            if longest > min(cache.size, self.config.block_size):
+                raise ValueError(f"{longest} tokens do not fit in the cache ({cache.size}) and "
                                  f"block_size ({self.config.block_size})")
             visible = kernels.Visible(pos, cache.size, None if doc is None else cache.document_starts(doc, pos))
             cache.length = cache.length + T
@@ -388,7 +407,8 @@ class GSA(nn.Module):
     def forward(self, idx, targets=None, doc=None, cache=None, warmup=False, stats=True):
         """
         idx (B, T) int64 -> GSAOutput. targets (B, T), -1 = ignored; with them loss and index_loss are computed.
-        doc: document of every position (B, T), equal = may attend to each other; None = one document.
+        doc: document id of every position (B, T); a position attends within its document.
+        A document is a run of equal ids: an id that comes back later is another one. None = one.
         cache: KVCache to append to; a row's positions then start at its length.
         warmup: phase 1 of the indexer, dense attention. stats: also measure the attention, O(T²).
         """
@@ -401,12 +421,29 @@ class GSA(nn.Module):
 
     # ---- generation
 
+    def new_cache(self, B, size):
+        """
+        An empty KVCache for B rows of at most size tokens, with the dtypes that the layers produce.
+        Call it under the autocast that the model will run under.
+        """
+        attn = self.blocks[0].attn
+        device = attn.wk.weight.device
+        dtype = attn.wk.weight.dtype
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # it leaves float64
+            dtype = torch.get_autocast_dtype(device.type)
+        index_dtype = None
+        if attn.indexer:
+            index_dtype = attn.indexer.log_tau.dtype  # see Indexer.forward
+        return KVCache(self.config, B, size, device, dtype, index_dtype)
+
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, separator=None, generator=None):
         """
         Yield one (B,) tensor of new tokens per step for a list of 1-D prompts of any lengths, -1 in the rows that have ended.
         A row ends with its separator (yielded) or at block_size. temperature 0 is argmax.
         """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, must not be negative")
         device = self.embed.weight.device
         length = torch.tensor([len(p) for p in prompts], device=device)
         if not len(prompts) or int(length.min()) == 0:
@@ -415,7 +452,7 @@ class GSA(nn.Module):
             raise ValueError(f"a prompt of {int(length.max())} tokens does not fit in block_size {self.config.block_size}")
         idx = nn.utils.rnn.pad_sequence([p.to(device) for p in prompts], batch_first=True)  # padded right: causality hides it
         B, size = len(prompts), min(int(length.max()) + max_new_tokens, self.config.block_size)
-        cache = KVCache(self.config, B, size, device, self.embed.weight.dtype)
+        cache = self.new_cache(B, size)
         doc = None if separator is None else (idx == separator).cumsum(1)
         x = self.trunk(idx, doc, cache)[0][torch.arange(B, device=device), length - 1]  # (B, C)
         if doc is not None:
@@ -456,12 +493,14 @@ class GSA(nn.Module):
         seen = torch.stack([b.attn.indexer.var_seen for b in self.blocks])  # (n_layer, 2)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
-        for block, (total, count) in zip(self.blocks, seen):
-            indexer = block.attn.indexer
-            if count > 0:
-                old = torch.where(indexer.var_avg > 0, indexer.var_avg, total / count)
-                indexer.var_avg.copy_(decay * old + (1 - decay) * total / count)
-            indexer.var_seen.zero_()
+        total, count = seen.unbind(1)  # (n_layer,) each
+        var_avg = torch.stack([b.attn.indexer.var_avg for b in self.blocks])  # (n_layer,)
+        old = torch.where(var_avg > 0, var_avg, total / count)  # (n_layer,)
+        new = decay * old + (1 - decay) * total / count  # (n_layer,), NaN where count is 0
+        new = torch.where(count > 0, new, var_avg)  # no `if`: it would wait for the device
+        for block, value in zip(self.blocks, new):
+            block.attn.indexer.var_avg.copy_(value)
+            block.attn.indexer.var_seen.zero_()
 
     def param_groups(self, weight_decay=0.1, index_lr_mult=10.0):
         """Optimizer groups by "name": matrix and embed (decayed), vector, indexer (its learning rate times index_lr_mult)."""
@@ -479,16 +518,27 @@ class GSA(nn.Module):
 
     def flops_per_token(self, T=None, training=True, warmup=False):
         """
-        Model FLOPs per token at context T (default block_size), averaged over its positions; training = 3 × forward.
-        Matrices 2 per weight; dense attention 4·(T/2)·H·d; sparse 4·k·H·d with k = min(k_base, T/2) and the indexer's
-        2·(T/2)·Hi·di. Recomputation is not counted.
+        Model FLOPs per token at context T (default block_size): the mean over positions t = 1…T.
+        Forward: 2 per weight of a matrix; attention 4·C per key that the query attends to,
+        min(k_base, t) or all t (dense, warm-up); indexer 2·Hi·di per visible key, all t.
+        Backward: twice the forward, but the indexer's spans the attended keys only.
+        Recomputation is not counted.
         """
-        c, T = self.config, T or self.config.block_size
+        c = self.config
+        T = T or c.block_size
         weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        keys = T / 2 if warmup or not c.sparse else min(c.k_base, T / 2)
-        attention = 4 * keys * c.n_embd
-        indexer = 2 * (T / 2) * c.n_index_head * c.d_index if c.sparse else 0
-        return (3 if training else 1) * (2 * weights + c.n_layer * (attention + indexer))
+        visible = (T + 1) / 2  # mean of t: keys per query
+        attended = visible
+        if c.sparse and not warmup:
+            k = min(c.k_base, T)
+            attended = (k * (k + 1) / 2 + (T - k) * k) / T  # mean of min(k_base, t)
+        score = 2 * c.n_index_head * c.d_index if c.sparse else 0  # FLOPs of one indexer score
+        model = 2 * weights + c.n_layer * 4 * attended * c.n_embd
+        indexer = c.n_layer * score * visible
+        if not training:
+            return model + indexer
+        indexer_backward = c.n_layer * 2 * score * attended
+        return 3 * model + indexer + indexer_backward
 
     def kv_bytes(self, T=None, itemsize=2):
         """Bytes of KV cache for one sequence of T tokens (default block_size), the indexer's keys included."""
@@ -499,11 +549,16 @@ class GSA(nn.Module):
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token per row of logits (B, V) -> (B,). temperature 0: argmax. top_k, top_p: None or 0 / 1.0 = off."""
-    if temperature < 0 or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be ≥ 0 and top_p {top_p} in (0, 1]")
+    if not temperature >= 0:  # NaN is refused too
+        raise ValueError(f"temperature {temperature} must be ≥ 0")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k {top_k} must be ≥ 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be in (0, 1]")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits - logits.amax(-1, keepdim=True)  # largest 0: never inf, however divided
+    logits = logits / max(temperature, 1e-30)  # 0 / 1e-46 would be 0 / 0 in float32
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import UserError, parse, run
-from prepare import Tokenizer
-from train import load_model
+from checkpoint import check_dtype, load_model, precision, use_device
+from configurator import UserError, check_ranges, parse, run
+from data import open_tokenizer
 
 
 @dataclass
@@ -26,34 +26,54 @@ class SampleConfig:
     top_p: float = 1.0  # 1 = off
     seed: int = 1337
     device: str = ""  # default: cuda if there is one, else cpu
+    dtype: str = ""  # float32 | bfloat16; default: bfloat16 on cuda
     backend: str = "auto"  # path of kernels.py
+    tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        check_ranges(self, {(1, None): "num_samples max_new_tokens", (0, None): "temperature top_k",
+                            (0, 1): "top_p", (0, 2**63 - 1): "seed"})
+        if not self.top_p:
+            raise UserError("top_p is 0.0, must be above 0: 1 is off")
 
 
 def sample(cfg, out=sys.stdout):
-    """Write num_samples continuations to out; each ends at its document's end, max_new_tokens or the context's end."""
-    if cfg.temperature < 0 or not 0 < cfg.top_p <= 1:
-        raise UserError(f"temperature {cfg.temperature} must be at least 0 and top_p {cfg.top_p} in (0, 1]")
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """
+    Write num_samples continuations to out; each ends at its document's end, max_new_tokens or the
+    context's end.
+    """
+    device = use_device(cfg.device)
     model, checkpoint = load_model(cfg.out_dir, device, cfg.backend)
-    tokenizer = Tokenizer(checkpoint["meta"]["tokenizer"])
+    tokenizer = open_tokenizer(checkpoint["meta"], cfg.tokenizer)
     text = cfg.start
     if text.startswith("FILE:"):
         try:
-            text = open(text[5:], encoding="utf-8", errors="replace").read()
-        except OSError as e:
-            raise UserError(f"cannot read {text[5:]}: {e.strerror}") from None
-    prompt = [tokenizer.separator] + (tokenizer.encode(text).tolist() if text else [])  # a document starts at a separator
+            with open(text[5:], encoding="utf-8", errors="replace") as f:
+                text = f.read()
+        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+            raise UserError(f"cannot read {text[5:]}: "
+                            f"{getattr(e, 'strerror', None) or e}") from None
+    # a terminal may pass any bytes, also such that are not UTF-8
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    prompt = [tokenizer.separator]  # a document starts at a separator
+    if text:
+        prompt += tokenizer.encode(text).tolist()
     if len(prompt) >= model.config.block_size:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the model's context is {model.config.block_size}: shorten it")
+        raise UserError(f"the prompt has {len(prompt)} tokens, "
+                        f"the model's context is {model.config.block_size}: shorten it")
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    for i in range(cfg.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-        out.write(f"--- sample {i + 1}\n{text}")
-        for token in model.stream([torch.tensor(prompt)], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                  tokenizer.separator, generator):
-            out.write(decoder.decode(tokenizer.token_bytes(int(token))))
-            out.flush()
-        out.write(decoder.decode(b"", final=True) + "\n")
+    with precision(device, cfg.dtype):
+        for i in range(cfg.num_samples):
+            # the decoder waits for the rest of a character: one may take several tokens
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            out.write(f"--- sample {i + 1}\n{text}")
+            tokens = model.stream([torch.tensor(prompt)], cfg.max_new_tokens, cfg.temperature,
+                                  cfg.top_k, cfg.top_p, tokenizer.separator, generator)
+            for token in tokens:
+                out.write(decoder.decode(tokenizer.token_bytes(int(token))))
+                out.flush()
+            out.write(decoder.decode(b"", final=True) + "\n")
 
 
 def main(argv):

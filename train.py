@@ -6,30 +6,44 @@ Train a GSA model, on a laptop or by torchrun on many GPUs.
     torchrun --nproc_per_node=8 train.py config/gsa_small.py
     python train.py --init_from=resume --out_dir=out
 
-Two phases (README, "Training the indexer"): for index_warmup_iters steps attention is dense and the indexer learns to
-predict it; then attention runs over the selected keys only. The batch of step n is a pure function of (seed, n, rank),
-so a resumed run continues exactly where the interrupted one stopped.
+Training has two phases (README, "Training the indexer"): for index_warmup_iters steps attention is
+dense and the indexer learns to predict it; then attention runs over the selected keys only.
+The batch of step n is a pure function of (seed, n, rank), so a resumed run continues exactly where
+the interrupted one stopped. A loss or gradient that is not finite stops the run, and never reaches
+the checkpoint.
 """
+import contextlib
 import dataclasses
-import json
 import math
 import os
+import shutil
 import subprocess
 import time
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import configurator
 import kernels
-from configurator import UserError, parse, run
+from checkpoint import (check_dtype, check_vocabulary, find_data, load_checkpoint, load_retrofit,
+                        load_weights, not_finite, precision, read_log, save_checkpoint, use_device)
+from configurator import UserError, check_ranges, flags, only_one, parse, replacing, run, to_json
+from data import Batches, Data, differences, identity
 from model import GSA, GSAConfig
-from prepare import Data
 
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
-              "RTX 4090": 165e12}  # dense bf16, NVIDIA data sheets; first name found in the device's counts
+# Peak FLOP/s of dense bf16 products, from NVIDIA's data sheets. The first name that is part of the
+# device's name counts.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
 
 
 @dataclass
@@ -39,32 +53,37 @@ class TrainConfig(GSAConfig):
     data: str = "data/slimpajama"  # a folder written by prepare.py
     out_dir: str = "out"  # ckpt.pt, log.jsonl, config.json
     init_from: str = "scratch"  # scratch | resume (out_dir's checkpoint)
-    retrofit_from: str = ""  # folder of a dense checkpoint to start from: it gets gates and an indexer, trained alone in warm-up
+    overwrite: bool = False  # a run from scratch deletes the run that out_dir holds
+    # folder of a dense checkpoint to start from: it gets gates and an indexer, and only the
+    # indexer is trained in warm-up
+    retrofit_from: str = ""
     # model
-    attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets the model's switches unless they are given too
+    attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets switches that are not given
     doc_mask: bool = True  # attention stops at document boundaries
     # optimization
-    muon: bool = False  # the layers' matrices by Muon, scaled to AdamW's step size (torch.optim.Muon); all else by AdamW
+    muon: bool = False  # torch.optim.Muon at AdamW's step size for the layers' matrices, else AdamW
     batch_size: int = 8  # sequences per micro-batch and rank
     grad_accum: int = 1  # micro-batches per step over all ranks together
     max_iters: int = 1000
     learning_rate: float = 6e-4
     min_lr: float = 6e-5
-    warmup_iters: int = 100  # of the learning rate
-    short_iters: int = 0  # sequence-length warm-up: the first so many steps see windows cut to pieces of short_block tokens
+    warmup_iters: int = 100  # steps of the learning rate's linear rise
+    # sequence-length warm-up: in the first short_iters steps, windows are cut to pieces of
+    # short_block tokens
+    short_iters: int = 0
     short_block: int = 128
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # 0 = off
     # indexer
     index_warmup_iters: int = 200  # phase 1, dense attention
     index_lr_mult: float = 10.0
-    index_grad_clip: float = 1.0
+    index_grad_clip: float = 1.0  # 0 = off
     index_loss_weight: float = 1.0
     # reporting
     log_interval: int = 10
-    eval_interval: int = 250  # also when a checkpoint is written
+    eval_interval: int = 250  # steps; the checkpoint is written at the same steps
     eval_iters: int = 20  # micro-batches of val.bin
     # system
     device: str = ""  # default: cuda if there is one, else cpu
@@ -76,115 +95,128 @@ class TrainConfig(GSAConfig):
     def __post_init__(self):
         self.model_config(self.vocab_size or 256)
         kernels.check_backend(self.backend)
-        for name, choices in dict(init_from=("scratch", "resume"), dtype=("", "float32", "bfloat16")).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if min(self.batch_size, self.grad_accum, self.max_iters, self.log_interval, self.eval_interval) < 1:
-            raise ValueError("batch_size, grad_accum, max_iters, log_interval and eval_interval must be positive")
-        if self.short_iters and (self.short_block < 1 or self.block_size % self.short_block):
-            raise ValueError(f"block_size {self.block_size} is not a multiple of short_block {self.short_block}")
+        check_dtype(self.dtype)
+        if self.init_from not in ("scratch", "resume"):
+            raise UserError(f"init_from {self.init_from!r} is not one of scratch, resume")
+        check_ranges(self, {
+            (1, None): "batch_size grad_accum max_iters log_interval eval_interval eval_iters "
+                       "short_block",
+            (0, None): "vocab_size learning_rate min_lr warmup_iters short_iters weight_decay "
+                       "grad_clip index_warmup_iters index_lr_mult index_grad_clip "
+                       "index_loss_weight",
+            (0, 0.999999): "beta1 beta2",
+            (0, 2**63 - 1): "seed"})
+        if self.short_iters and self.block_size % self.short_block:
+            raise UserError(f"block_size {self.block_size} is not a multiple of "
+                            f"short_block {self.short_block}")
 
     def model_config(self, vocab_size):
-        return GSAConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GSAConfig)} | {"vocab_size": vocab_size})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(GSAConfig)}
+        return GSAConfig(**values | {"vocab_size": vocab_size})
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Batches
+# --------------------------------------------------------------------------------------------------
+# Settings of a new and of a resumed run
 
-def permute(i, n, key):
-    """The i-th element of a pseudo-random permutation of range(n): a Feistel network, walked until it lands below n."""
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
-    low = (1 << half) - 1
-    while True:
-        left, right = i >> half, i & low
-        for r in range(4):
-            x = (right * 0x9E3779B97F4A7C15 + key * 0xBF58476D1CE4E5B9 + r * 0x94D049BB133111EB) & (1 << 64) - 1
-            x = (x ^ x >> 31) * 0xD6E8FEB86659FD93 & (1 << 64) - 1
-            left, right = right, left ^ (x >> 29 & low)
-        i = left << half | right
-        if i < n:
-            return i
+# The settings that may change when a run is resumed. All others decide what the checkpoint means.
+MAY_CHANGE = set(
+    "out_dir init_from overwrite data max_iters learning_rate min_lr warmup_iters weight_decay "
+    "beta1 beta2 grad_clip index_warmup_iters index_lr_mult index_grad_clip index_loss_weight "
+    "log_interval eval_interval eval_iters device backend dtype compile".split())
 
 
-class Batches:
+def settings(argv):
     """
-    Windows of block_size + 1 ids, block_size apart, every one once per epoch in an order of its own.
-    Micro-batch m (counted over all ranks and steps) is a pure function of (seed, m).
+    TrainConfig from arguments: the arm's switches, then config files and flags.
+    A resumed run starts from its own settings.
     """
-
-    def __init__(self, ids, block_size, batch_size, separator, seed, doc_mask):
-        self.ids, self.T, self.B, self.separator, self.seed, self.doc_mask = ids, block_size, batch_size, separator, seed, doc_mask
-        self.n = (len(ids) - 1) // block_size
-        if self.n < 1:
-            raise UserError(f"block_size {block_size} is larger than the data ({len(ids):,} tokens): prepare more, or shorten it")
-
-    def windows(self, starts, device, length):
-        """idx, targets (B, T) int64 and doc (B, T) or None, for windows starting at these positions, cut to pieces of `length`."""
-        rows = torch.stack([torch.from_numpy(self.ids[s:s + self.T + 1].astype(np.int64)) for s in starts])
-        if device.startswith("cuda"):
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        idx, targets = (x.reshape(-1, length) for x in (rows[:, :-1], rows[:, 1:]))
-        return idx, targets, (idx == self.separator).cumsum(1) if self.doc_mask else None  # a document starts at a separator
-
-    def train(self, m, device, length=None):
-        draws = range(m * self.B, (m + 1) * self.B)
-        return self.windows([permute(g % self.n, self.n, self.seed + g // self.n) * self.T for g in draws], device, length or self.T)
-
-    def evaluation(self, m, count, device):
-        """Micro-batch m of `count`, spread evenly over the data."""
-        spread = np.linspace(0, self.n - 1, count * self.B).astype(int)
-        return self.windows([int(w) * self.T for w in spread[m * self.B:(m + 1) * self.B]], device, self.T)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-def load_checkpoint(folder, device="cpu"):
-    """The dict that save_checkpoint wrote: model, optimizer, step, config, model_config, meta (the data's meta.json)."""
-    path = os.path.join(folder, "ckpt.pt")
+    given = parse(TrainConfig, argv)
+    if given.get("init_from") == "resume":
+        given = resumed_settings(given)
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as e:  # torch.load raises many types for a truncated or foreign file
-        raise UserError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from None
-
-
-def load_model(folder, device="cpu", backend="auto"):
-    """(model in eval mode, checkpoint dict) of a training run's out_dir."""
-    checkpoint = load_checkpoint(folder, device)
-    try:
-        kernels.check_backend(backend, torch.empty(0, device=device))
-        model = GSA(GSAConfig(**checkpoint["model_config"]), backend).to(device)
+        return TrainConfig.arm(given.get("attention", TrainConfig.attention), **given)
     except ValueError as e:
         raise UserError(str(e)) from None
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), checkpoint
 
 
-def save_checkpoint(folder, **content):
-    """Written beside and renamed, so that ckpt.pt is always a whole one."""
-    path = os.path.join(folder, "ckpt.pt")
-    torch.save(content, path + ".partial")
-    os.replace(path + ".partial", path)
-
-
-def load_retrofit(model, folder):
-    """Load a dense checkpoint into a model with gates and indexer, gates open (σ(8) = 0.9997) so that it starts as it was."""
-    checkpoint = load_checkpoint(folder)
-    try:
-        missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
-    except RuntimeError as e:
-        raise UserError(f"{folder} does not fit this model: {str(e).splitlines()[1].strip()}") from None
-    foreign = unexpected + [n for n in missing if "_gate." not in n and ".indexer." not in n]
+def resumed_settings(given):
+    """
+    The settings saved in out_dir's checkpoint, with those given now that may change.
+    Raises UserError for others.
+    """
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    checkpoint = load_checkpoint(out_dir)
+    saved = checkpoint["config"]
+    kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    foreign = [name for name, value in saved.items() if type(value) is not kinds.get(name)]
     if foreign:
-        raise UserError(f"{folder} does not fit this model: {foreign[0]} is on one side only")
-    for name, p in model.named_parameters():
-        if name in missing and "_gate." in name:
-            torch.nn.init.constant_(p, 8.0 if name.endswith("bias") else 0.0)
+        raise UserError(f"{out_dir}/ckpt.pt was written by another version: "
+                        f"it has a setting {foreign[0]!r}")
+    fixed = {name: value for name, value in given.items() if name not in MAY_CHANGE}
+    changed = differences({name: saved.get(name) for name in fixed}, fixed)
+    if changed:
+        raise UserError(f"{out_dir}/ckpt.pt was trained with another model or other settings "
+                        f"({changed}): these cannot change when a run is resumed")
+    return {**saved, "data": find_data(checkpoint), **given}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+def check_same_data(checkpoint, data, new_data):
+    """
+    Refuse to resume on other tokens than the run began with, unless new_data says that it is meant.
+    """
+    check_vocabulary(checkpoint, data.meta, data.path)
+    changed = differences(identity(checkpoint["meta"]), identity(data.meta))
+    if changed and not new_data:
+        raise UserError(f"{data.path} is not the data that the run began with ({changed}): "
+                        f"give --data={data.path} to go on with it all the same")
+
+
+def claim(cfg):
+    """
+    Make out_dir ready for a run from scratch. A run that is there already is refused;
+    with cfg.overwrite its checkpoint and log are removed.
+    """
+    found = [n for n in ("ckpt.pt", "log.jsonl") if os.path.exists(os.path.join(cfg.out_dir, n))]
+    if found and not cfg.overwrite:
+        raise UserError(f"{cfg.out_dir} holds a run already ({found[0]}): "
+                        "--init_from=resume continues it, another --out_dir keeps it, "
+                        "--overwrite loses it")
+    for name in found:
+        os.remove(os.path.join(cfg.out_dir, name))
+
+
+# --------------------------------------------------------------------------------------------------
+# The log
+
+def open_log(path, step):
+    """
+    The JSONL log, open for appending behind its records up to `step`: what came after the
+    checkpoint is done again. The file is cut in place, so a crash at any moment leaves all the
+    records that count.
+    Returns it and whether it holds the evaluation of that step.
+    """
+    end, evaluated = 0, False
+    for record, offset in read_log(path):
+        if record["step"] <= step:
+            end = offset
+            evaluated = evaluated or (record["step"] == step and record.get("kind") == "eval")
+    if os.path.exists(path):
+        os.truncate(path, end)
+    return open(path, "a", encoding="utf-8"), evaluated
+
+
+def git_commit():
+    """The commit of this project's folder, or None."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"],
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
 def learning_rate(cfg, step):
@@ -192,207 +224,372 @@ def learning_rate(cfg, step):
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * min(done, 1))) * (cfg.learning_rate - cfg.min_lr)
+    return cfg.min_lr + (0.5 * (1 + math.cos(math.pi * min(done, 1)))
+                         * (cfg.learning_rate - cfg.min_lr))
 
 
 def make_optimizers(model, cfg):
-    """[AdamW] for all of the model's groups or, with cfg.muon, [AdamW, Muon], Muon for the layers' matrices."""
-    groups, by_muon = {g["name"]: g for g in model.param_groups(cfg.weight_decay, cfg.index_lr_mult)}, []
+    """
+    [AdamW] for all of the model's groups or, with cfg.muon, [AdamW, Muon], Muon for the layers'
+    matrices.
+    """
+    groups, by_muon = {
+        g["name"]: g for g in model.param_groups(cfg.weight_decay, cfg.index_lr_mult)
+    }, []
     if cfg.muon:
-        by_muon = [torch.optim.Muon([groups.pop("matrix")], lr=cfg.learning_rate, adjust_lr_fn="match_rms_adamw")]
-    return [torch.optim.AdamW(groups.values(), lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True)] + by_muon
+        by_muon = [torch.optim.Muon([groups.pop("matrix")], lr=cfg.learning_rate,
+                                    adjust_lr_fn="match_rms_adamw")]
+    adamw = torch.optim.AdamW(groups.values(), lr=cfg.learning_rate,
+                              betas=(cfg.beta1, cfg.beta2), fused=True)
+    return [adamw] + by_muon
 
 
-@torch.no_grad()
-def evaluate(model, batches, cfg, device, warmup, rank, world):
-    """Mean loss, index loss and stats over eval_iters micro-batches of the validation data, shared among the ranks."""
-    model.eval()
-    rows = []
-    for m in range(rank, max(cfg.eval_iters, world), world):
-        idx, targets, doc = batches.evaluation(m % cfg.eval_iters, cfg.eval_iters, device)
-        out = model(idx, targets, doc, warmup=warmup)
-        values = {"loss": out.loss, "index_loss": out.index_loss, **{k: v.mean() for k, v in out.stats.items()}}
-        rows.append({k: v for k, v in values.items() if v is not None})
-    total = torch.stack([torch.stack([r[k].double() for r in rows]).sum() for k in rows[0]] + [torch.tensor(float(len(rows)), dtype=torch.float64, device=device)])
-    if world > 1:
-        dist.all_reduce(total)
-    model.train()
-    return dict(zip(rows[0], (total[:-1] / total[-1]).tolist()))
-
-
-def open_log(path, step):
-    """The JSONL log, opened for appending behind its records up to `step`: what came after the checkpoint is done again."""
-    kept = []
-    if step and os.path.exists(path):
-        kept = [line for line in open(path) if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log = open(path, "w")
-    log.writelines(kept)
-    return log
-
-
-def git_commit():
+def load_optimizers(optimizers, states, path):
+    """
+    Load the saved moments of the gradients.
+    Rates, betas and decay are those of now, not the saved ones.
+    """
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        for optimizer, state in zip(optimizers, states, strict=True):
+            now = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, values in zip(optimizer.param_groups, now, strict=True):
+                group.update(values)
+    except Exception as e:  # a damaged state can raise any type
+        raise UserError(f"{path} holds no state for these optimizers: {type(e).__name__}") from None
 
 
-def train(cfg):
-    """Run the training cfg describes. Returns the last evaluation's metrics, with tokens and tokens_per_second."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def check_compiler(cfg):
+    """
+    torch.compile needs a C++ compiler: say so before the first step, not in a traceback at it.
+    """
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if cfg.compile and not any(shutil.which(name) for name in names if name):
+        raise UserError("compile needs a C++ compiler (g++): "
+                        "install one, or train without --compile")
+
+
+def train(cfg, new_data=False):
+    """
+    Run the training that cfg describes.
+    Returns the last evaluation's metrics, with tokens and tokens_per_second.
+    new_data: a resumed run may go on with other tokens than it began with. Raises UserError.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    device = use_device(cfg.device)
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
     try:
-        return _train(cfg, device, rank, world)
+        return Run(cfg, device, rank, world, new_data).train()
+    except UserError:
+        if rank:  # rank 0 prints the message
+            raise SystemExit(1) from None
+        raise
     finally:
         if world > 1:
             dist.destroy_process_group()
 
 
-def _train(cfg, device, rank, world):
-    if cfg.grad_accum % world:
-        raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is not a multiple of the {world} ranks")
-    try:
-        kernels.check_backend(cfg.backend, torch.empty(0, device=device))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    say = print if rank == 0 else lambda *_, **__: None
-    data = Data(cfg.data)
-    if cfg.vocab_size not in (0, data.vocab_size):
-        raise UserError(f"vocab_size {cfg.vocab_size} disagrees with the {data.vocab_size} of {cfg.data}")
-    splits = {s: Batches(getattr(data, s), cfg.block_size, cfg.batch_size, data.separator, cfg.seed, cfg.doc_mask) for s in ("train", "val")}
-    torch.manual_seed(cfg.seed)
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+class Run:
+    """
+    One training run on one rank.
+    train() is its loop; everything before the loop is set up here.
+    """
 
-    raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
-    step = 0
-    if cfg.retrofit_from and cfg.init_from == "scratch":
-        load_retrofit(raw, cfg.retrofit_from)
-    raw.to(device)
-    optimizers = make_optimizers(raw, cfg)
-    if cfg.init_from == "resume":
-        checkpoint = load_checkpoint(cfg.out_dir, device)
-        if checkpoint["model_config"] != asdict(raw.config) or checkpoint["meta"]["tokenizer"] != data.meta["tokenizer"]:
-            raise UserError(f"{cfg.out_dir}/ckpt.pt was trained with another model or tokenizer than these settings and {cfg.data}")
-        if len(checkpoint["optimizer"]) != len(optimizers):
-            raise UserError(f"{cfg.out_dir}/ckpt.pt was trained with muon={not cfg.muon}")
-        raw.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizer"]):
-            optimizer.load_state_dict(state)
-        step = checkpoint["step"]
-        del checkpoint
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    model = torch.compile(raw) if cfg.compile else raw
-    if world > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if device.startswith("cuda") else None, broadcast_buffers=False)
+    def __init__(self, cfg, device, rank, world, new_data):
+        self.cfg = cfg
+        self.device = device
+        self.rank = rank
+        self.world = world
+        # 1. what can be refused is refused before anything is written
+        if cfg.grad_accum % world:
+            raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) "
+                            f"is not a multiple of the {world} ranks")
+        try:
+            kernels.check_backend(cfg.backend, torch.empty(0, device=device))
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        check_compiler(cfg)
+        # 2. data
+        self.data = data = Data(cfg.data)
+        if cfg.vocab_size not in (0, data.vocab_size):
+            raise UserError(f"vocab_size {cfg.vocab_size} disagrees with "
+                            f"the {data.vocab_size} of {cfg.data}")
+        self.batches = {}
+        for split, ids in (("train", data.train), ("val", data.val)):
+            self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, data.separator,
+                                          cfg.seed, cfg.doc_mask)
+        # 3. model and optimizers
+        torch.manual_seed(cfg.seed)
+        self.autocast = precision(device, cfg.dtype)
+        self.raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
+        if cfg.retrofit_from and cfg.init_from == "scratch":
+            dense = load_retrofit(self.raw, cfg.retrofit_from)
+            check_vocabulary(dense, data.meta, cfg.data)
+        self.raw.to(device)
+        self.optimizers = make_optimizers(self.raw, cfg)
+        # 4. the checkpoint of a resumed run
+        self.step = 0
+        if cfg.init_from == "resume":
+            path = os.path.join(cfg.out_dir, "ckpt.pt")
+            checkpoint = load_checkpoint(cfg.out_dir, device)
+            check_same_data(checkpoint, data, new_data)
+            if changed := differences(checkpoint["model_config"], asdict(self.raw.config)):
+                raise UserError(f"{path} does not fit its own settings ({changed})")
+            load_weights(self.raw, checkpoint["model"], path)
+            load_optimizers(self.optimizers, checkpoint["optimizer"], path)
+            self.step = checkpoint["step"]
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        # 5. the model that train() calls: compiled and distributed, if asked for
+        if cfg.compile:
+            # Long union lists are cut to a length that is read from the GPU (kernels.LIST_BYTES)
+            torch._dynamo.config.capture_scalar_outputs = True
+        self.model = torch.compile(self.raw) if cfg.compile else self.raw
+        if world > 1:
+            ids = [device] if device.startswith("cuda") else None
+            self.model = DistributedDataParallel(self.model, device_ids=ids,
+                                                 broadcast_buffers=False)
+        self.step_tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum
+        self.local_accum = cfg.grad_accum // world
+        self.log = None
+        self.saved = (f"{cfg.out_dir}/ckpt.pt is that of step {self.step}" if self.step
+                      else "no checkpoint was written")
 
-    local_accum = cfg.grad_accum // world
-    step_tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum
-    dtype = cfg.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    autocast = torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-    peak = next((f for n, f in PEAK_FLOPS.items() if device.startswith("cuda") and n in torch.cuda.get_device_name(device)), None)
-    bytes_per_token = data.meta["val"]["bytes"] / data.meta["val"]["tokens"]
-    say(f"{sum(p.numel() for p in raw.parameters()) / 1e6:.2f}M parameters, {cfg.max_iters * step_tokens:,} tokens of "
-        f"{splits['train'].n * cfg.block_size:,} in {cfg.data}, {world} × {device}, {dtype}")
-    log = None
-    if rank == 0:
-        os.makedirs(cfg.out_dir, exist_ok=True)
-        with open(os.path.join(cfg.out_dir, "config.json"), "w") as f:
-            json.dump({**asdict(cfg), "git_commit": git_commit()}, f, indent=1)
-        log = open_log(os.path.join(cfg.out_dir, "log.jsonl"), step)
+    def train(self):
+        """The loop: save and evaluate every eval_interval steps and at the end, and take a step."""
+        cfg, resumed = self.cfg, self.cfg.init_from == "resume"
+        alone = only_one(cfg.out_dir, "train.py") if self.rank == 0 else contextlib.nullcontext()
+        with alone:
+            if self.rank == 0 and not resumed:
+                claim(cfg)
+            self.greet()
+            evaluated = self.open_log()
+            metrics = {}
+            self.tokens, self.seconds = 0, 0.0
+            # interval: tokens and seconds since the last training line
+            self.began, self.interval = time.time(), [0, 0.0]
+            first = self.step
+            self.model.train()
+            while True:
+                done = self.step >= cfg.max_iters
+                if done or (self.step and self.step % cfg.eval_interval == 0):
+                    # the interrupted run has saved this step, and perhaps evaluated it
+                    again = resumed and self.step == first
+                    if not again:
+                        self.save()
+                    if done or not (again and evaluated):
+                        metrics = self.evaluate(record=not (again and evaluated))
+                if done:
+                    break
+                self.optimize()
+            if self.log:
+                self.log.close()
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return {**metrics, "tokens": self.tokens, "tokens_per_second": speed}
 
-    def record(kind, **values):
-        if log:
-            log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            log.flush()
+    # ---- one step
 
-    model.train()
-    metrics, tokens, seconds, began, first = {}, 0, 0.0, time.time(), step
-    interval = [0, 0.0]  # tokens and seconds since the last print
-    while True:
-        warmup = cfg.sparse and step < cfg.index_warmup_iters
-        done = step >= cfg.max_iters
-        if done or (step > first and step % cfg.eval_interval == 0):
-            with autocast:
-                metrics = evaluate(model, splits["val"], cfg, device, warmup, rank, world)
-            metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / bytes_per_token
-            say(f"step {step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()), flush=True)
-            record("eval", **metrics)
-            if rank == 0:
-                save_checkpoint(cfg.out_dir, model=raw.state_dict(), optimizer=[o.state_dict() for o in optimizers], step=step,
-                                config=asdict(cfg), model_config=asdict(raw.config), meta=data.meta)
-        if done:
-            break
-        start = time.time()
-        lr = learning_rate(cfg, step)
-        for group in groups:
-            frozen = warmup and cfg.retrofit_from and group["name"] != "indexer"  # a retrofitted model first trains its indexer alone
+    def optimize(self):
+        """
+        One optimizer step: grad_accum micro-batches over all ranks, clipping, the update, V̄, and
+        perhaps a line.
+        """
+        cfg, world, start = self.cfg, self.world, time.time()
+        warmup = self.in_warmup()
+        # 1. learning rates
+        lr = learning_rate(cfg, self.step)
+        for group in self.groups:
+            # a retrofit trains the indexer alone in warm-up
+            frozen = warmup and cfg.retrofit_from and group["name"] != "indexer"
             group["lr"] = 0.0 if frozen else lr * group["lr_mult"]
-        length = cfg.short_block if step < cfg.short_iters else cfg.block_size
-        logged = (step + 1) % cfg.log_interval == 0 or step == 0
-        sums = torch.zeros(2, device=device)
-        for micro in range(local_accum):
-            idx, targets, doc = splits["train"].train(step * cfg.grad_accum + micro * world + rank, device, length)
+        # 2. gradients
+        length = cfg.short_block if self.step < cfg.short_iters else cfg.block_size
+        logged = (self.step + 1) % cfg.log_interval == 0 or self.step == 0
+        sums = torch.zeros(2, device=self.device)  # loss, index loss
+        for micro in range(self.local_accum):
+            last = micro == self.local_accum - 1
+            m = self.step * cfg.grad_accum + micro * world + self.rank
+            idx, targets, doc = self.batches["train"].train(m, self.device, length)
             if world > 1:
-                model.require_backward_grad_sync = micro == local_accum - 1
-            with autocast:
-                out = model(idx, targets, doc, warmup=warmup, stats=logged and micro == local_accum - 1)
-            loss = out.loss + (cfg.index_loss_weight * out.index_loss if cfg.sparse else 0)
-            (loss / local_accum).backward()
-            sums += torch.stack((out.loss.detach(), out.index_loss.detach() if cfg.sparse else out.loss.detach() * 0)) / local_accum
-        for name, limit in (("indexer", cfg.index_grad_clip), ("", cfg.grad_clip)):
-            params = [p for g in groups if (g["name"] == "indexer") == bool(name) for p in g["params"]]
-            if params and limit:
-                torch.nn.utils.clip_grad_norm_(params, limit)
-        for optimizer in optimizers:
+                self.model.require_backward_grad_sync = last
+            with self.autocast:
+                out = self.model(idx, targets, doc, warmup=warmup, stats=logged and last)
+            index_loss = out.index_loss if cfg.sparse else torch.zeros_like(out.loss)
+            ((out.loss + cfg.index_loss_weight * index_loss) / self.local_accum).backward()
+            sums += torch.stack((out.loss.detach(), index_loss.detach())) / self.local_accum
+        norms = self.clip()
+        self.stop_unless_finite(torch.cat((sums, norms)))
+        # 3. update
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        raw.update_var_avg()
-        step += 1
+        self.raw.update_var_avg()
+        self.step += 1
+        # 4. report
         if logged:
-            if world > 1:
-                dist.all_reduce(sums)
-                sums /= world
-            loss, index_loss = sums.tolist()
-        tokens += step_tokens
-        seconds += time.time() - start
-        interval[0] += step_tokens
-        interval[1] += time.time() - start
-        if logged:
-            speed = interval[0] / interval[1]
-            interval = [0, 0.0]
-            values = dict(loss=loss, lr=lr, tokens_per_second=speed)
+            values = dict(zip(("loss", "index_loss"), sums))
             if cfg.sparse:
-                values |= dict(index_loss=index_loss, phase="warm-up" if warmup else "sparse")
-                values |= {k: out.stats[k].mean().item() for k in ("recall", "k_t")}
-            if peak:
-                values["mfu"] = speed * raw.flops_per_token(length, warmup=warmup) / (peak * world)
-            say(f"step {step}: " + ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in values.items()), flush=True)
-            record("train", **values, seconds=time.time() - began)
-    if log:
-        log.close()
-    return {**metrics, "tokens": tokens, "tokens_per_second": tokens / seconds if seconds else 0.0}
+                values |= {k: out.stats[k].float().mean() for k in ("recall", "k_t")}
+            values = self.mean_over_ranks(values)
+        self.tokens += self.step_tokens
+        self.seconds += time.time() - start
+        self.interval[0] += self.step_tokens
+        self.interval[1] += time.time() - start
+        if logged:
+            self.report(values, lr, warmup, length)
+
+    def clip(self):
+        """
+        Clip the gradient of the indexer and that of the rest of the model, each by its own
+        limit, so that neither loss rescales the other. Returns the norms before that, (1 or 2,).
+        """
+        cfg, norms = self.cfg, []
+        for indexer, limit in ((True, cfg.index_grad_clip), (False, cfg.grad_clip)):
+            params = [p for g in self.groups if (g["name"] == "indexer") == indexer
+                      for p in g["params"]]
+            if params:
+                norms.append(torch.nn.utils.clip_grad_norm_(params, limit or math.inf))
+        return torch.stack(norms)
+
+    def stop_unless_finite(self, numbers):
+        """
+        Stop on all ranks alike, before the update, where a loss or gradient is NaN or infinite on
+        any.
+        """
+        finite = torch.isfinite(numbers).all().int()
+        if self.world > 1:
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite:
+            raise UserError(f"the loss or a gradient is not finite at step {self.step + 1} "
+                            f"(loss {numbers[0]:.4g}): the run stops, {self.saved}. "
+                            "A lower learning_rate or a longer warmup_iters may help")
+
+    def in_warmup(self):
+        """Is this a step of phase 1: dense attention, which the indexer learns to predict?"""
+        return self.cfg.sparse and self.step < self.cfg.index_warmup_iters
+
+    def mean_over_ranks(self, values):
+        """{name: 0-dim tensor} -> {name: float}, the mean over the ranks."""
+        total = torch.stack([x.detach().double() for x in values.values()])
+        if self.world > 1:
+            dist.all_reduce(total)
+        return dict(zip(values, (total / self.world).tolist()))
+
+    # ---- evaluation, checkpoint, reports
+
+    @torch.no_grad()
+    def evaluate(self, record):
+        """
+        Mean loss, index loss and stats over eval_iters micro-batches of the validation data,
+        shared out among the ranks: the same batches whatever their number.
+        """
+        cfg, rows, weights = self.cfg, [], []
+        self.model.eval()
+        for m in range(self.rank, max(cfg.eval_iters, self.world), self.world):
+            idx, targets, doc = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
+                                                               self.device)
+            with self.autocast:
+                out = self.model(idx, targets, doc, warmup=self.in_warmup(), stats=True)
+            values = {"loss": out.loss, "index_loss": out.index_loss}
+            values |= {name: x.float().mean() for name, x in out.stats.items()}
+            rows.append({name: x.double() for name, x in values.items() if x is not None})
+            # weight 0: there are more ranks than batches, and this rank only learns the names
+            weights.append(float(m < cfg.eval_iters))
+        self.model.train()
+        sums = {name: sum(w * row[name] for w, row in zip(weights, rows)) for name in rows[0]}
+        sums["batches"] = torch.tensor(sum(weights), device=self.device)
+        means = self.mean_over_ranks(sums)
+        batches = means.pop("batches")
+        metrics = {name: x / batches for name, x in means.items()}
+        meta = self.data.meta["val"]
+        metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / (meta["bytes"] / meta["tokens"])
+        self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()))
+        if record:
+            self.record("eval", **metrics)
+        return metrics
+
+    def save(self):
+        """
+        Write the checkpoint, unless a weight is not finite: then the old one stays and the run
+        stops.
+        """
+        if name := not_finite(self.raw):
+            raise UserError(f"{name} is not finite at step {self.step}: "
+                            f"the run stops, {self.saved}")
+        if self.rank == 0:
+            save_checkpoint(self.cfg.out_dir, model=self.raw.state_dict(), step=self.step,
+                            optimizer=[o.state_dict() for o in self.optimizers],
+                            config=asdict(self.cfg),
+                            model_config=asdict(self.raw.config), meta=self.data.meta,
+                            data_path=os.path.abspath(self.cfg.data))
+        self.saved = f"{self.cfg.out_dir}/ckpt.pt is that of step {self.step}"
+
+    def greet(self):
+        """The first line: the model's size, the tokens, the machine."""
+        cfg, n = self.cfg, sum(p.numel() for p in self.raw.parameters())
+        available = self.batches["train"].n * cfg.block_size
+        with self.autocast:
+            kind = "bfloat16" if torch.is_autocast_enabled(self.device.split(":")[0]) else "float32"
+        self.say(f"{n / 1e6:.2f}M parameters, "
+                 f"{cfg.max_iters * self.step_tokens:,} tokens of {available:,} in {cfg.data}, "
+                 f"{self.world} × {self.device}, {kind}")
+
+    def open_log(self):
+        """
+        Write config.json and open log.jsonl.
+        Returns whether the log holds the evaluation of this step.
+        """
+        if self.rank:
+            return False
+        with replacing(os.path.join(self.cfg.out_dir, "config.json")) as f:
+            f.write(to_json({**asdict(self.cfg), "git_commit": git_commit()}, indent=1))
+        self.log, evaluated = open_log(os.path.join(self.cfg.out_dir, "log.jsonl"), self.step)
+        return evaluated
+
+    def record(self, kind, **values):
+        """A line of log.jsonl."""
+        if self.log:
+            self.log.write(to_json({"kind": kind, "step": self.step, **values}) + "\n")
+            self.log.flush()
+
+    def say(self, line):
+        if self.rank == 0:
+            configurator.say(line)
+
+    def report(self, values, lr, warmup, length):
+        """
+        Print and record one training line; values: loss, index_loss and, of a sparse model, recall
+        and k_t.
+        """
+        speed = self.interval[0] / self.interval[1]
+        self.interval = [0, 0.0]
+        line = dict(loss=values["loss"], lr=lr, tokens_per_second=speed)
+        if self.cfg.sparse:
+            line["index_loss"] = values["index_loss"]
+            line["phase"] = "warm-up" if warmup else "sparse"
+            line |= {name: values[name] for name in ("recall", "k_t")}
+        if peak := peak_flops(self.device):
+            line["mfu"] = (speed * self.raw.flops_per_token(length, warmup=warmup)
+                           / (peak * self.world))
+        shown = (f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in line.items())
+        self.say(f"step {self.step}: " + ", ".join(shown))
+        self.record("train", **line, seconds=time.time() - self.began)
 
 
-def settings(argv):
-    """TrainConfig from arguments: the arm's switches, then config files and flags; a resumed run starts from its own settings."""
-    given = parse(TrainConfig, argv)
-    if given.get("init_from") == "resume":
-        saved = load_checkpoint(given.get("out_dir", TrainConfig.out_dir))["config"]
-        given = {**saved, **given}
-    try:
-        return TrainConfig.arm(given.get("attention", TrainConfig.attention), **given)
-    except ValueError as e:
-        raise UserError(str(e)) from None
+def peak_flops(device):
+    """The GPU's bf16 peak in FLOP/s, None for a CPU or a GPU that is not in the table."""
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 
 def main(argv):
-    train(settings(argv))
+    train(settings(argv), new_data="data" in flags(argv))
 
 
 if __name__ == "__main__":

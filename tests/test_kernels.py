@@ -72,6 +72,24 @@ def test_keys_are_counted_exactly_in_bf16():
     assert torch.equal(selection.budget, torch.arange(1, 301).expand_as(selection.budget)) and torch.equal(selection.mask(), visible.mask().expand(len(index.q), -1, -1))
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("seed", range(6))
+def test_scores_that_are_not_finite_select_no_hidden_key(seed, value):
+    """Of a key and a query's weight: the paths agree, and S_t is k_t visible keys with the query."""
+    *_, index, visible, budget = make(300 + seed, T=70, docs=seed % 2 == 1)
+    index.k[:, 40, 0] = value
+    index.w[:, 55, -1] = value
+    tiled, eager = (kernels.select(index, visible, budget, b) for b in ("torch", "eager"))
+    mask = tiled.mask()
+    see = visible.mask().expand_as(mask)
+    n = see.sum(-1)
+    assert torch.equal(mask, eager.mask()) and torch.equal(tiled.budget, eager.budget)
+    assert torch.equal(mask.sum(-1), tiled.budget)
+    assert not (mask & ~see).any() and mask.diagonal(dim1=1, dim2=2).all()
+    assert (tiled.budget >= n.clamp(max=budget.k_min)).all()
+    assert (tiled.budget <= n.clamp(max=budget.widest)).all()
+
+
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_reference_follows_the_definition(seed, docs):

@@ -1,11 +1,12 @@
 """The model: arms, causality, batch invariance, cached decoding, gradients. In float64 where equality is claimed, since
 in float32 rounding may swap two keys of nearly equal score."""
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import model as model_module
@@ -34,6 +35,15 @@ def tokens(B, T):
 
 def doc_ids(B, T):
     return (torch.rand(B, T) < 0.04).long().cumsum(1)
+
+
+class HostSyncs(TorchDispatchMode):
+    """Counts the reads of a tensor's value by Python: on a GPU each waits for the device."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
 
 
 arms = pytest.mark.parametrize("arm", list(ARMS))
@@ -159,6 +169,37 @@ def test_documents_do_not_see_each_other(arm):
 
 
 @arms
+def test_an_id_that_comes_back_is_another_document(arm):
+    """Ids 0 0 1 1 0 0: the last two tokens do not see the first two, in one pass or cached."""
+    model = build(arm)
+    idx = tokens(1, 6)
+    doc = torch.tensor([[0, 0, 1, 1, 0, 0]])
+    logits = model(idx, doc=doc).logits
+    assert torch.equal(logits, model(idx, doc=torch.tensor([[0, 0, 1, 1, 2, 2]])).logits)
+    other = (idx + torch.tensor([[1, 1, 0, 0, 0, 0]])) % SMALL["vocab_size"]
+    changed = (model(other, doc=doc).logits != logits).any(-1)  # (1, 6)
+    assert changed.tolist() == [[True, True, False, False, False, False]]
+    cache = model.new_cache(1, 6)
+    for t in range(6):
+        step = model(idx[:, t:t + 1], doc=doc[:, t:t + 1], cache=cache).logits
+        torch.testing.assert_close(step, logits[:, t:t + 1], rtol=1e-10, atol=1e-10)
+
+
+def test_rope_tables_are_exact_to_float32_at_position_131071():
+    cos, sin = model_module.rope_tables(131072, 64, 10000.0)
+    assert cos.shape == sin.shape == (131072, 1, 32)
+    assert cos.dtype == sin.dtype == torch.float32
+    speed = torch.tensor([10000.0 ** (-2 * i / 64) for i in range(32)], dtype=torch.float64)
+    angle = torch.arange(131072, dtype=torch.float64)[:, None] * speed  # (131072, 32)
+    assert torch.equal(cos[:, 0], angle.cos().float()), "cos"
+    assert torch.equal(sin[:, 0], angle.sin().float()), "sin"
+    for i in range(32):
+        exact = 131071 * 10000.0 ** (-2 * i / 64)
+        assert abs(cos[-1, 0, i].item() - math.cos(exact)) < 2 ** -24
+        assert abs(sin[-1, 0, i].item() - math.sin(exact)) < 2 ** -24
+
+
+@arms
 @docs
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_cached_decoding_equals_full_forward(arm, docs, dtype, tolerance):
@@ -175,6 +216,55 @@ def test_cached_decoding_equals_full_forward(arm, docs, dtype, tolerance):
         at = (length + step)[:, None] + (torch.arange(6) if step == 99 else torch.zeros(1, dtype=torch.long))  # at last a chunk
         out = model(idx[rows[:, None], at], doc=doc[rows[:, None], at] if docs else None, cache=cache).logits
         torch.testing.assert_close(out, full[rows[:, None], at], rtol=tolerance, atol=tolerance)
+
+
+@arms
+@docs
+def test_cached_decoding_equals_full_forward_under_bfloat16_autocast(arm, docs):
+    model = build(arm, torch.float32)
+    idx, doc = tokens(3, 48), doc_ids(3, 48) if docs else None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        full = model(idx, doc=doc).logits.float()
+        cache = model.new_cache(3, 48)
+        pieces = []
+        for t in [slice(0, 33)] + [slice(t, t + 1) for t in range(33, 48)]:
+            out = model(idx[:, t], doc=doc[:, t] if docs else None, cache=cache)
+            pieces.append(out.logits.float())
+        new = model.generate(idx[:, :20], 30, temperature=0)
+        scores = model(new).logits[:, 19:-1].float()  # (3, 30, V)
+    cached = torch.cat(pieces, 1)
+    assert (cached - full).norm() < 0.02 * full.norm()
+    chosen = scores.gather(-1, new[:, 20:, None])[..., 0]  # (3, 30)
+    assert (scores.amax(-1) - chosen).max() < 0.02 * scores.abs().max()
+
+
+def test_cache_has_the_dtypes_that_the_layers_produce():
+    model = build("gsa", torch.float32)
+
+    def dtypes():
+        cache = model.new_cache(1, 4)
+        return cache.k[0].dtype, cache.v[1].dtype, cache.k_index[1].dtype
+    assert dtypes() == (torch.float32,) * 3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtypes() == (torch.bfloat16, torch.bfloat16, torch.float32)
+        model.double()  # autocast leaves float64 alone
+        assert dtypes() == (torch.float64,) * 3
+        assert model.generate(tokens(1, 5), 3).shape == (1, 8)
+    model.bfloat16()
+    assert dtypes() == (torch.bfloat16,) * 3
+    assert KVCache(model.config, 1, 4, dtype=torch.float16).k_index[0].dtype == torch.float16
+    assert build("dense").new_cache(1, 4).k_index == [None, None]
+
+
+def test_a_cached_token_costs_one_host_sync_in_trunk():
+    model = build("dense")
+    cache = model.new_cache(2, 10)
+    with HostSyncs() as syncs:
+        model.trunk(tokens(2, 1), cache=cache)
+    assert syncs.count == 1
+    model.trunk(tokens(2, 9), cache=cache)
+    with pytest.raises(ValueError, match="11 tokens do not fit in the cache"):
+        model.trunk(tokens(2, 1), cache=cache)
 
 
 @arms
@@ -213,8 +303,26 @@ def test_sampling():
     torch.testing.assert_close(share(top_p=0.7), torch.tensor([5 / 8, 3 / 8, 0, 0]), atol=0.02, rtol=0)
     torch.testing.assert_close(share(temperature=0.5), torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.02, rtol=0)
     assert share(top_p=1e-9).tolist() == [1, 0, 0, 0]
-    with pytest.raises(ValueError):
-        sample(logits, -1.0)
+    for how in (dict(temperature=-1.0), dict(temperature=math.nan), dict(top_k=-1),
+                dict(top_p=0.0), dict(top_p=1.5), dict(top_p=math.nan)):
+        with pytest.raises(ValueError):
+            sample(logits, **how)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-38, 1e-46, 1e-320])
+def test_sampling_at_a_tiny_temperature_is_argmax(temperature):
+    logits = 100 * torch.randn(50, 20)
+    for how in (dict(), dict(top_k=3), dict(top_p=0.5)):
+        assert torch.equal(sample(logits, temperature, **how), logits.argmax(-1))
+
+
+def test_generating_no_tokens_gives_the_prompt():
+    model = build("gsa")
+    idx = tokens(2, 5)
+    assert torch.equal(model.generate(idx, 0), idx)
+    for row, prompt in zip(model.generate(list(idx), 0), idx):
+        assert torch.equal(row, prompt)
+    assert list(model.stream(list(idx), 0)) == []
 
 
 @arms
@@ -278,6 +386,32 @@ def test_var_avg_is_a_running_mean_of_training_only():
     assert indexers[1].var_avg.item() == pytest.approx(want, rel=1e-5)
 
 
+def test_update_of_the_running_average_never_waits_for_the_device():
+    """V̄ by hand; a layer without observations keeps its own. Python reads no value."""
+    model = build("gsa", torch.float32, trained=False, n_layer=5)
+    indexers = [b.attn.indexer for b in model.blocks]
+    averages = [0.0, 0.3, 0.3, 0.0, 1e-7]
+    sums = [[0.7, 3.0], [0.7, 3.0], [0.0, 0.0], [0.0, 0.0], [0.1, 1.0]]
+    want = []
+    for indexer, avg, seen in zip(indexers, averages, sums):
+        indexer.var_avg.fill_(avg)
+        indexer.var_seen.copy_(torch.tensor(seen))
+        old, (total, count) = indexer.var_avg.clone(), indexer.var_seen.clone()
+        if count > 0:
+            first = old if old > 0 else total / count
+            old = 0.99 * first + (1 - 0.99) * total / count
+        want.append(old)
+    with HostSyncs() as syncs:
+        model.update_var_avg()
+    assert syncs.count == 0
+    for layer, indexer in enumerate(indexers):
+        assert torch.equal(indexer.var_avg, want[layer]), layer
+        assert indexer.var_seen.tolist() == [0, 0]
+    with HostSyncs() as syncs:
+        bool(indexers[0].var_avg > 0)
+    assert syncs.count == 1, "the counter counts"
+
+
 def test_budget_follows_confidence():
     """'inverse': high variance, fewer keys; 'eq8' the other way; both within [k_min, k_max]; nothing averaged yet = k_base."""
     var, n = torch.tensor([0.0, 0.1, 0.2, 0.8, 1e9]), torch.full((5,), 1000)
@@ -289,15 +423,46 @@ def test_budget_follows_confidence():
 
 
 def test_flops_and_kv_bytes():
-    model = build("gsa", trained=False)
-    c = model.config
+    """
+    Four tokens, k_base 2: queries see 1 2 3 4 keys (mean 2.5), attend to 1 2 2 2 (mean 1.75).
+    C = 32, Hi·di = 16, two layers:
+    attention of a layer  4·1.75·32 = 224, dense 4·2.5·32 = 320
+    indexer of a layer    forward 2·2.5·16 = 80, backward 2·2·1.75·16 = 112, in warm-up 2·80 = 160
+    """
+    model = build("gsa", trained=False, k_base=2)
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    assert model.flops_per_token(training=False) == 2 * matrices + 2 * (4 * 12 * 32 + 2 * 80 * 2 * 8)
-    assert model.flops_per_token() == 3 * model.flops_per_token(training=False)
-    assert build("dense", trained=False).flops_per_token(100, training=False) == 2 * sum(
-        p.numel() for p in build("dense").parameters() if p.dim() > 1) + 2 * 4 * 50 * 32
+    assert model.flops_per_token(4, training=False) == 2 * matrices + 2 * (224 + 80)
+    assert model.flops_per_token(4) == 6 * matrices + 2 * (3 * 224 + 80 + 112)
+    assert model.flops_per_token(4, training=False, warmup=True) == 2 * matrices + 2 * (320 + 80)
+    assert model.flops_per_token(4, warmup=True) == 6 * matrices + 2 * (3 * 320 + 80 + 160)
+    dense = build("dense", trained=False)
+    matrices = sum(p.numel() for p in dense.parameters() if p.dim() > 1)
+    assert dense.flops_per_token(4, training=False) == 2 * matrices + 2 * 320
+    assert dense.flops_per_token(4) == 6 * matrices + 2 * 3 * 320
+    c = model.config
     cache = KVCache(c, 1, 160, dtype=torch.bfloat16)
     assert model.kv_bytes() == sum(x.numel() * x.element_size() for xs in (cache.k, cache.v, cache.k_index) for x in xs)
+
+
+@arms
+@pytest.mark.parametrize("warmup", [False, True])
+def test_flops_are_those_of_a_loop_over_positions(arm, warmup):
+    """Every pair of query and key counted one by one; default context = block_size."""
+    model = build(arm, trained=False)
+    c = model.config
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    score = 2 * c.n_index_head * c.d_index if c.sparse else 0
+    for T in (1, 11, 12, 13, 100, None):
+        forward = backward = 0
+        for t in range(1, (T or c.block_size) + 1):  # query t sees t keys
+            attended = min(c.k_base, t) if c.sparse and not warmup else t
+            attention = 4 * attended * c.n_head * c.d_head
+            forward += 2 * matrices + c.n_layer * (attention + score * t)
+            backward += 4 * matrices + c.n_layer * (2 * attention + 2 * score * attended)
+        total = dict(forward=forward, training=forward + backward)
+        for name, flops in total.items():
+            ours = model.flops_per_token(T, training=name == "training", warmup=warmup)
+            assert ours == pytest.approx(flops / (T or c.block_size), rel=1e-12), (name, T)
 
 
 @pytest.mark.parametrize("dims", [dict(n_head=3), dict(n_kv_head=3), dict(k_min=20), dict(n_head=32), dict(d_index=7), dict(n_layer=0),
@@ -307,10 +472,47 @@ def test_impossible_configs_raise(dims):
         GSAConfig.arm("gsa", **SMALL | dims)
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(GSAConfig) if f.type in (int, float)])
+def test_every_number_of_the_config_has_a_legal_range(name):
+    whole = GSAConfig.__dataclass_fields__[name].type is int
+    bad = [math.nan, math.inf, -math.inf, True, "8", None]
+    if whole:
+        bad += [-1, 8.0]
+        if name not in ("n_sink", "n_local"):
+            bad.append(0)
+    if name == "rope_base":
+        bad += [0, 0.0, -1.0]
+    for value in bad:
+        with pytest.raises(ValueError, match=name) as error:
+            GSAConfig.arm("gsa", **SMALL | {name: value})
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_at_the_edge_of_their_range_are_legal():
+    tiny = dict(vocab_size=1, block_size=1, n_layer=1, n_head=1, n_kv_head=1, n_embd=2,
+                n_index_head=1, d_index=2, k_base=1, k_min=1, k_max=1, n_sink=0, n_local=0)
+    model = GSA(GSAConfig.arm("gsa", **tiny, rope_base=1, gate_bias_init=-3))
+    assert model(torch.zeros(1, 1, dtype=torch.long)).logits.shape == (1, 1, 1)
+
+
+@arms
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (5,), (1, 2, 3), ()])
+def test_tokens_must_be_two_dimensional_and_not_empty(arm, shape):
+    model = build(arm)
+    idx = torch.zeros(shape, dtype=torch.long)
+    for call in (model, model.trunk, lambda idx: model(idx, cache=model.new_cache(2, 8))):
+        with pytest.raises(ValueError, match="idx has shape") as error:
+            call(idx)
+        assert "\n" not in str(error.value)
+
+
 def test_impossible_calls_raise():
     model = build("gsa")
     for call in (lambda: GSAConfig.arm("sparser"), lambda: GSA(model.config, "cuda"), lambda: model(tokens(1, 161)),
-                 lambda: model.generate([tokens(1, 161)[0]], 1), lambda: model.generate([tokens(1, 0)[0]], 1)):
+                 lambda: model.generate([tokens(1, 161)[0]], 1),
+                 lambda: model.generate([tokens(1, 0)[0]], 1),
+                 lambda: model.generate(tokens(1, 5), -1),
+                 lambda: next(model.stream([tokens(1, 5)[0]], -1))):
         with pytest.raises(ValueError):
             call()
 

@@ -18,10 +18,11 @@ import eval as evaluation
 import prepare
 import sample as sampling
 import train
+from checkpoint import load_checkpoint, load_model, load_retrofit
 from configurator import UserError
 from conftest import ROOT
 from model import ARMS, GSA, GSAConfig
-from prepare import Data, Tokenizer
+from data import Batches, Data, Tokenizer
 
 TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64, n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16, batch_size=2,
             index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3, eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
@@ -45,7 +46,7 @@ def log(out_dir, kind="train"):
 # ---- batches
 
 def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
-    batches = train.Batches(Data(data).train, 64, 3, 256, seed=5, doc_mask=True)
+    batches = Batches(Data(data).train, 64, 3, 256, seed=5, doc_mask=True)
     for m in range(20):
         idx, targets, doc = batches.train(m, "cpu")
         short = batches.train(m, "cpu", 16)
@@ -56,17 +57,16 @@ def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
         config(data, tmp_path, short_iters=1, short_block=48)
 
 
-def test_permute_is_a_permutation():
-    rng = random.Random(0)
-    for _ in range(60):
-        n, key = rng.randint(1, 700), rng.getrandbits(40)
-        assert sorted(train.permute(i, n, key) for i in range(n)) == list(range(n))
-    assert [train.permute(i, 500, 1) for i in range(500)] != [train.permute(i, 500, 2) for i in range(500)]
+def test_every_epoch_of_every_seed_has_an_order_of_its_own():
+    """Seed 1 in its second epoch must not repeat seed 2 in its first."""
+    orders = [tuple(Batches(np.arange(701, dtype=np.uint16), 7, 1, 0, seed).order(epoch)) for seed in range(4) for epoch in range(4)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len(set(orders)) == 16
 
 
 def test_every_window_once_per_epoch_and_nothing_else():
     T, B = 7, 3
-    batches = train.Batches(np.arange(7 * 31 + 4, dtype=np.uint16), T, B, separator=14, seed=5, doc_mask=True)
+    batches = Batches(np.arange(7 * 31 + 4, dtype=np.uint16), T, B, separator=14, seed=5, doc_mask=True)
     assert batches.n == 31
     starts = []
     for m in range(31):  # 31 micro-batches of 3: three epochs
@@ -76,7 +76,7 @@ def test_every_window_once_per_epoch_and_nothing_else():
         starts += (idx[:, 0] // T).tolist()
     epochs = [starts[i:i + 31] for i in (0, 31, 62)]
     assert all(sorted(e) == list(range(31)) for e in epochs) and epochs[0] != epochs[1]
-    again = train.Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
+    again = Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
     assert torch.equal(again[0], batches.train(17, "cpu")[0]) and again[2] is None
 
 
@@ -103,13 +103,13 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, m
     with open(tmp_path / "cut/log.jsonl", "a") as f:
         f.write('{"kind": "train", "step": 4, "loss": 0}\n{"half a line')  # logged after the checkpoint, then the power went
     train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"])
-    with pytest.raises(UserError, match=f"trained with muon={muon}"):
+    with pytest.raises(UserError, match=f"muon {muon} → {not muon}"):
         train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}", f"--muon={not muon}"])
     keys = ("step", "loss", "index_loss", "recall", "k_t", "lr")
     for kind in ("train", "eval"):
         a, b = ([{k: r[k] for k in keys if k in r} for r in log(tmp_path / d, kind)] for d in ("whole", "cut"))
         assert a == b and len(a) == {"train": 8, "eval": 3}[kind]
-    a, b = (train.load_checkpoint(str(tmp_path / d)) for d in ("whole", "cut"))
+    a, b = (load_checkpoint(str(tmp_path / d)) for d in ("whole", "cut"))
     assert a["step"] == b["step"] == 8
     assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
 
@@ -120,7 +120,7 @@ def test_phases_and_checkpoint(data, tmp_path):
     assert [r["phase"] for r in log(tmp_path)] == ["warm-up"] * 3 + ["sparse"] * 2
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / Data(data).meta["val"]["bytes"] * Data(data).meta["val"]["tokens"])
     assert json.load(open(tmp_path / "config.json"))["n_embd"] == 32
-    model, checkpoint = train.load_model(str(tmp_path))
+    model, checkpoint = load_model(str(tmp_path))
     assert checkpoint["step"] == 5 and all(b.attn.indexer.var_avg > 0 for b in model.blocks)
     out = io.StringIO()
     sampling.sample(sampling.SampleConfig(out_dir=str(tmp_path), start="import ", num_samples=2, max_new_tokens=12), out)
@@ -154,7 +154,7 @@ def ready(data):
     torch.manual_seed(1)
     dims = {k: v for k, v in TINY.items() if k in GSAConfig.__dataclass_fields__}
     ids = Data(data)
-    return GSA(GSAConfig.arm("gsa", vocab_size=257, **dims)).double().train(), train.Batches(ids.train, 64, 2, 256, 0, True)
+    return GSA(GSAConfig.arm("gsa", vocab_size=257, **dims)).double().train(), Batches(ids.train, 64, 2, 256, 0, True)
 
 
 def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
@@ -198,20 +198,20 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     """It starts as the dense model was, trains the indexer alone in warm-up, and everything after."""
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
     settings = dict(retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3, learning_rate=3e-3)
-    dense, _ = train.load_model(str(tmp_path / "dense"))
+    dense, _ = load_model(str(tmp_path / "dense"))
     model = GSA(config(data, "", **settings).model_config(257)).eval()
-    train.load_retrofit(model, str(tmp_path / "dense"))
+    load_retrofit(model, str(tmp_path / "dense"))
     idx = torch.randint(0, 257, (2, 64))
     torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits, atol=0.02, rtol=0.02)
     states = []
     for steps in (3, 5):
         train.train(config(data, tmp_path / str(steps), max_iters=steps, **settings))
-        states.append(train.load_checkpoint(str(tmp_path / str(steps)))["model"])
+        states.append(load_checkpoint(str(tmp_path / str(steps)))["model"])
     changed = lambda s: {n for n, p in s.items() if ".indexer." not in n and not torch.equal(p, model.state_dict()[n])}
     assert not changed(states[0]) and changed(states[1]) == {n for n in states[1] if ".indexer." not in n}
     assert any(not torch.equal(states[0][n], model.state_dict()[n]) for n in states[0] if "indexer.wq" in n)
     train.main(["--init_from=resume", f"--out_dir={tmp_path / '3'}", "--max_iters=5", "--index_warmup_iters=5"])
-    assert not changed(train.load_checkpoint(str(tmp_path / "3"))["model"])
+    assert not changed(load_checkpoint(str(tmp_path / "3"))["model"])
     with pytest.raises(UserError, match="does not fit"):
         train.train(config(data, tmp_path / "x", n_layer=3, max_iters=1, **settings))
 

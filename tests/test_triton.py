@@ -9,7 +9,9 @@ from kernels import Budget, Index, Selection, Visible
 from model import GSA, GSAConfig
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's sigmoid, which gets it right
+# The interpreter's sigmoid overflows and gets it right; scores of NaN are meant
+pytestmark = [pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+              pytest.mark.filterwarnings("ignore:invalid value encountered")]
 
 
 def documents(rng, B, T, often):
@@ -116,13 +118,15 @@ def test_half_precision_is_as_good_as_pytorch():
         assert ours <= 2 * theirs + 1e-6 * b.abs().max()
 
 
-@pytest.mark.parametrize("R,d,tq", [(2, 16, 32), (8, 16, 16), (8, 80, 8)])
+@pytest.mark.parametrize("R,d,tq", [(2, 16, 32), (8, 16, 16), (4, 80, 8), (8, 80, 4)])
 def test_tiles_hold_the_selection(R, d, tq):
     q, k, _, index, visible = layer(3, 85, B=2, R=R, d=d, docs=0.05)
     assert kernels._tile_queries(q, k) == tq
     selection = kernels.select(index, visible, Budget("fixed", 9, 9, 9))
-    offsets, keys, words = selection.lists(tq)
+    offsets, keys, words, widest = selection.lists(tq)
     tiles = -(-85 // tq)
+    assert offsets[-1] <= len(keys) == len(words)
+    assert offsets.diff().max() <= widest <= min(85, 9 * tq)
     mask = torch.zeros(2, tiles * tq, 85, dtype=torch.bool)
     assert len(offsets) == 2 * tiles + 1
     for i in range(2 * tiles):
@@ -131,6 +135,147 @@ def test_tiles_hold_the_selection(R, d, tq):
         for j in range(tq):
             mask[i // tiles, i % tiles * tq + j, keys[part].long()] = (words[part] >> j & 1).bool()
     assert torch.equal(mask[:, :85], selection.mask()) and not mask[:, 85:].any()
+
+
+def test_lists_above_the_limit_are_cut_to_their_length(monkeypatch):
+    q, k, v, index, visible = layer(4, 85, B=2, docs=0.05)
+    short, long = (kernels.select(index, visible, Budget("fixed", 9, 9, 9)) for _ in range(2))
+    offsets, keys, words, _ = short.lists(32)
+    monkeypatch.setattr(kernels, "LIST_BYTES", 0)
+    cut_offsets, cut_keys, cut_words, widest = long.lists(32)
+    n = offsets[-1]
+    assert n == len(cut_keys) < len(keys) and widest == offsets.diff().max()
+    for a, b in ((offsets, cut_offsets), (keys[:n], cut_keys), (words[:n], cut_words)):
+        assert torch.equal(a, b)
+    outputs, grads = run("triton", q, k, v, index, short)
+    cut_outputs, cut_grads = run("triton", q, k, v, index, long)
+    for a, b in zip((*outputs, *grads), (*cut_outputs, *cut_grads)):
+        assert torch.equal(a, b)
+
+
+def test_attention_and_loss_share_a_list_where_their_tiles_differ(monkeypatch):
+    """8 indexer heads: attention has tiles of 32 queries, the loss reads their lists with 16."""
+    q, k, v, index, visible = layer(6, 75, B=2, Hi=8, docs=0.05)
+    assert kernels._tile_queries(q, k) == 32 and kernels._tile_queries(q, k, index.q) == 16
+    selection = kernels.select(index, visible, Budget("fixed", 9, 9, 9), "torch")
+    outputs, grads = run("triton", q, k, v, index, selection)
+    assert list(selection.packed) == [32]
+    expected_outputs, expected_grads = run("eager", q, k, v, index, selection)
+    for a, b in zip((*outputs, *grads), (*expected_outputs, *expected_grads)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+SYNCHRONISES = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero",
+                "aten::bincount", "aten::_unique2", "aten::unique_consecutive",
+                "aten::masked_select"}
+
+
+def test_a_layer_never_waits_for_the_gpu(monkeypatch):
+    """Selection, attention, loss and their backward pass call nothing that waits for a GPU."""
+    monkeypatch.setattr(kernels, "SCORES_BYTES", 4 * 40 * 16)  # several chunks of queries
+    q, k, v, index, visible = layer(8, 40, docs=0.05)
+    budget = Budget("inverse", 9, 5, 15, 1, 2, torch.tensor(0.02))
+
+    def forbidden(_):
+        raise AssertionError("tolist waits for the GPU")
+
+    monkeypatch.setattr(torch.Tensor, "tolist", forbidden)  # on a CPU it calls no operator
+    with torch.profiler.profile() as profile:
+        selection = kernels.select(index, visible, budget, "triton")
+        for s in (selection, Selection.everything(visible, len(q))):
+            run("triton", q, k, v, index, s)
+    called = {event.name for event in profile.events()}
+    assert {"gsa::select", "gsa::attend_backward", "aten::scatter_add_"} <= called
+    assert not called & SYNCHRONISES
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+def test_lse_has_no_gradient(backend):
+    """The loss alone, then the output alone: the loss leaves attention's graph as it was."""
+    q, k, v, index, visible = layer(10, 20)
+    selection = kernels.select(index, visible, Budget("fixed", 5, 5, 5), "torch")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    index = index._replace(q=index.q.requires_grad_())
+    o, lse = kernels.sparse_attention(*leaves, selection, backend)
+    assert not lse.requires_grad
+    kernels.index_loss(q, k, lse, index, torch.tensor(1.3), selection, backend).backward()
+    assert index.q.grad is not None and all(x.grad is None for x in leaves)
+    o.sum().backward()
+    mask = selection.mask()
+    expected = torch.autograd.grad(kernels.sparse_attention_eager(*leaves, mask)[0].sum(), leaves)
+    for x, grad in zip(leaves, expected):
+        torch.testing.assert_close(x.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_loss_without_gradients_computes_none(backend, monkeypatch):
+    q, k, v, index, visible = layer(12, 40, docs=0.05)
+    selection = kernels.select(index, visible, Budget("fixed", 5, 5, 5), "torch")
+    lse = kernels.sparse_attention(q, k, v, selection, backend)[1]
+    index = index._replace(q=index.q.requires_grad_())
+    loss = kernels.index_loss(q, k, lse, index, torch.tensor(1.3), selection, backend)
+
+    def forbidden(*_):
+        raise AssertionError("a gradient was computed")
+
+    for owner, name in ((kernels.Shared, "spread"), (kernels.Own, "spread"), (kernels, "_add_up")):
+        monkeypatch.setattr(owner, name, forbidden)
+    with torch.no_grad():
+        without = kernels.index_loss(q, k, lse, index, torch.tensor(1.3), selection, backend)
+    assert loss.requires_grad and not without.requires_grad
+    assert torch.equal(loss, without)
+
+
+NOT_FINITE = {"key inf": ("k", torch.inf), "key -inf": ("k", -torch.inf),
+              "key NaN": ("k", torch.nan), "query inf": ("q", torch.inf),
+              "weight NaN": ("w", torch.nan), "weight inf": ("w", torch.inf),
+              "bias NaN": ("b", torch.nan)}
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu"])
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_an_indexer_that_is_not_finite_never_shows_the_future(case, activation):
+    """On every path: visible keys only, exactly k_t of them, and the query itself among them."""
+    name, value = NOT_FINITE[case]
+    T, at = 20, 13
+    *_, index, visible = layer(14, T, docs=0.05, activation=activation)
+    broken = getattr(index, name).clone()
+    if name == "b":
+        broken[1] = value
+    else:
+        broken[:, at, ..., 0] = value
+    broken = index._replace(**{name: broken})
+    see = visible.mask()
+    n = see.sum(-1)
+    for rule in ("inverse", "eq8"):
+        budget = Budget(rule, 8, 5, 12, 1, 2, torch.tensor(0.02))
+        finite = kernels.select(index, visible, budget, "eager")
+        eager = kernels.select(broken, visible, budget, "eager")
+        for backend in kernels.BACKENDS:
+            selection = kernels.select(broken, visible, budget, backend)
+            mask, k = selection.mask(), selection.budget
+            assert not (mask & ~see).any(), backend
+            assert torch.equal(mask.sum(-1), k), backend
+            assert (k >= n.clamp(max=5)).all() and (k <= n.clamp(max=12)).all(), backend
+            assert mask.diagonal(dim1=1, dim2=2).all(), backend
+            assert torch.equal(k, eager.budget) and torch.equal(mask, eager.mask()), backend
+            if name != "b":  # what comes later changes nothing before it
+                assert torch.equal(mask[:, :at], finite.mask()[:, :at]), backend
+                torch.testing.assert_close(selection.var[:, :at], finite.var[:, :at])
+
+
+@pytest.mark.parametrize("backend", kernels.BACKENDS)
+def test_a_score_of_nan_counts_as_the_lowest_and_one_of_inf_as_the_highest(backend):
+    """
+    One head, q = w = 1, ReLU: a key is its own score, here 3 NaN 2 inf 1 0. With k_t = 3 query 5
+    takes itself, the inf and the 3; with k_t = 5 all but the NaN.
+    """
+    key = torch.tensor([3, torch.nan, 2, torch.inf, 1, 0]).view(1, 6, 1)
+    index = Index(torch.ones(1, 6, 1, 1), key, torch.ones(1, 6, 1), torch.zeros(1), "relu")
+    for k_t, expected in ((3, [0, 3, 5]), (5, [0, 2, 3, 4, 5])):
+        budget = Budget("fixed", k_t, k_t, k_t)
+        selection = kernels.select(index, Visible.causal(6), budget, backend)
+        assert selection.mask()[0, 5].nonzero()[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("T", [1, 3])
@@ -199,3 +344,24 @@ def test_compile_sees_whole_graphs():
         results.append([out.loss, out.index_loss, *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lists", ["short", "long"])
+def test_compile_as_train_py_calls_it_breaks_no_graph(lists, monkeypatch):
+    """
+    torch.compile without further arguments: one graph, and no break. Lists above LIST_BYTES are cut
+    to a length that is read from the GPU: these need the flag that lets a graph hold such a number.
+    """
+    if lists == "long":
+        monkeypatch.setattr(kernels, "LIST_BYTES", 0)
+        monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
+    config = GSAConfig.arm("gsa", vocab_size=64, block_size=32, n_layer=1, n_head=4, n_kv_head=2,
+                           n_embd=32, n_index_head=2, d_index=16, k_base=8, k_min=4, k_max=12)
+    model = GSA(config, "triton").train()
+    idx = torch.randint(0, 64, (2, 20))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    out = torch.compile(model, backend="aot_eager")(idx, idx, (idx == 3).cumsum(1), stats=False)
+    (out.loss + out.index_loss).backward()
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1

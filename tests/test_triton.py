@@ -41,7 +41,7 @@ def test_select(T, kind, monkeypatch):
     """k_t is Eq. 8 of the variance; S_t holds the k_t best scores and the forced keys, and of equal scores the lowest."""
     monkeypatch.setattr(kernels, "SCORES_BYTES", 4 * T * 16 * kind.get("B", 1))  # 16 queries at a time, of 64 keys at a time
     options = kernels.launch_options
-    monkeypatch.setattr(kernels, "launch_options", lambda name, *args: options(name, *args) | (dict(BS=64) if name == "select" else {}))
+    monkeypatch.setattr(kernels, "launch_options", lambda name, *args: options(name, *args) | (dict(BS=64 if T < 200 else 128) if name == "select" else {}))
     rng = random.Random(T)
     for exact in (False, True):
         *_, index, visible = layer(T, T, **{**kind, "exact": exact} | (dict(activation="relu", di=16) if exact else {}))

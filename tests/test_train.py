@@ -127,6 +127,23 @@ def test_phases_and_checkpoint(data, tmp_path):
     assert out.getvalue().count("import ") == 2
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muon_is_torchs_to_the_accuracy_of_bfloat16(shape):
+    """Ten steps from the same gradients; and an orthogonalised matrix has singular values near 1."""
+    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(10)]
+    ends = []
+    for make in (lambda p: train.Muon([p], 0.02), lambda p: torch.optim.Muon([p], 0.02, adjust_lr_fn="match_rms_adamw")):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make(p)
+        for g in grads:
+            p.grad = g.clone()
+            optimizer.step()
+        ends.append(p.detach())
+    assert (ends[0] - ends[1]).norm() < 0.02 * (ends[1] - start).norm()
+    values = torch.linalg.svdvals(train.orthogonal(grads[0]))
+    assert 0.3 < values.min() and values.max() < 1.3
+
+
 def worker(rank, world, rendezvous, data, out):
     torch.set_num_threads(1)
     if world > 1:

@@ -15,7 +15,7 @@ import torch
 
 import kernels
 from configurator import UserError, mismatch, replacing
-from data import META, check_meta
+from data import META, check_meta, differences
 from model import GSA, GSAConfig
 
 CHECKPOINT = {
@@ -35,7 +35,8 @@ def use_device(name):
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
+        torch.autocast(name.split(":")[0], dtype=torch.bfloat16, enabled=False)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
     return name
@@ -150,6 +151,11 @@ def load_retrofit(model, folder):
     foreign += [n for n in new if "_gate." not in n and ".indexer." not in n]
     if foreign:
         raise UserError(f"{folder} does not fit this model: {foreign[0]} is on one side only")
+    same = ("n_head", "n_kv_head", "rope_base")  # what shapes do not tell
+    sides = [{name: config.get(name) for name in same}
+             for config in (checkpoint["model_config"], vars(model.config))]
+    if changed := differences(*sides):
+        raise UserError(f"{folder} does not fit this model: {changed}")
     for name, p in model.named_parameters():
         if name in new and "_gate." in name:
             torch.nn.init.constant_(p, 8.0 if name.endswith("bias") else 0.0)

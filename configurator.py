@@ -170,6 +170,14 @@ def mismatch(value, shape, where="it"):
     return ""
 
 
+def environment(name, default):
+    """A number that torchrun sets: RANK, LOCAL_RANK or WORLD_SIZE."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number")
+    return int(text)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 

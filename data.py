@@ -224,7 +224,9 @@ def check_meta(meta):
     if meta["complete"]:
         return ""
     wrong = mismatch(meta, PASS)
-    if not wrong and any("/" in name or name in ("", "..") for name in meta["made"]):
+    outside = ("/", "\0")
+    if not wrong and any(name in ("", "..") or any(c in name for c in outside)
+                         for name in meta["made"]):
         wrong = "it names files outside the folder"
     if not wrong and not _is_state(meta["state"]):
         wrong = "its state is no place in a source"
@@ -359,6 +361,13 @@ def differences(a, b):
 # --------------------------------------------------------------------------------------------------
 # Batches
 
+def check_ids(ids, vocab_size):
+    """Refuse ids (array or tensor) beyond the vocabulary: a file of the right size is damaged."""
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise UserError(f"the data holds the id {int(ids.max())}, beyond its vocabulary of "
+                        f"{vocab_size}: it is damaged, see prepare.py --inspect")
+
+
 class Batches:
     """
     Windows of block_size + 1 ids, block_size apart, every one once per epoch in a random order.
@@ -366,8 +375,10 @@ class Batches:
     so a resumed run sees what an undisturbed one sees.
     """
 
-    def __init__(self, ids, block_size, batch_size, separator, seed, doc_mask=True):
+    def __init__(self, ids, block_size, batch_size, separator, seed, doc_mask=True,
+                 vocab_size=None):
         self.ids = ids
+        self.vocab_size = vocab_size  # None: the ids are not checked
         self.separator = separator
         self.seed = seed
         self.doc_mask = doc_mask
@@ -395,6 +406,8 @@ class Batches:
         import torch  # here: prepare.py's workers import this file and need no torch
         rows = torch.stack([torch.from_numpy(self.ids[s:s + self.T + 1].astype(np.int64))
                             for s in starts])
+        if self.vocab_size:
+            check_ids(rows, self.vocab_size)
         if device.startswith("cuda"):
             rows = rows.pin_memory().to(device, non_blocking=True)
         idx = rows[:, :-1].reshape(-1, length)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from checkpoint import (check_dtype, check_vocabulary, find_data, load_model, precision, read_log,
                         use_device)
 from configurator import UserError, check_ranges, parse, replacing, run, say, to_json
-from data import Batches, Data, open_tokenizer, passkey_line, random_passkey
+from data import Batches, Data, check_ids, open_tokenizer, passkey_line, random_passkey
 
 
 @dataclass
@@ -323,6 +323,7 @@ def evaluate(cfg):
     ids = data.val[:cfg.max_tokens] if cfg.max_tokens else data.val
     if len(ids) < 2:
         raise UserError(f"{path} and max_tokens {cfg.max_tokens} leave nothing to predict")
+    check_ids(np.asarray(data.val), data.vocab_size)
     doc_mask = trained.get("doc_mask", True)
     result = dict(out_dir=cfg.out_dir, step=checkpoint["step"], seeds=cfg.seeds,
                   distractors=cfg.distractors)

@@ -35,7 +35,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash  # comes with datasets
 
-from configurator import UserError, check_ranges, only_one, parse, replacing, run, say, to_json
+from configurator import (UserError, check_ranges, environment, only_one, parse, replacing, run,
+                          say, to_json)
 from data import Data, Shards, Tokenizer, differences, read_meta
 from sources import (PRESETS, Preset, TextFile, block_texts, changed_file, file_list, kind_of,
                      open_source, optional, warn)
@@ -88,8 +89,8 @@ class PrepareConfig:
     def __post_init__(self):
         self.preset = PRESETS.get(self.dataset, Preset((self.dataset,)))
         if self.rank < 0:
-            self.rank = _environment("RANK", 0)
-        self.world_size = self.world_size or _environment("WORLD_SIZE", 1)
+            self.rank = environment("RANK", 0)
+        self.world_size = self.world_size or environment("WORLD_SIZE", 1)
         self.tokenizer = self.tokenizer or ("bytes" if self.dataset == "demo" else "gpt2")
         kind, _, path = self.tokenizer.partition(":")
         if kind in ("llama3", "tiktoken"):  # an absolute path holds in any folder
@@ -129,14 +130,6 @@ class PrepareConfig:
         rest = ("num_proc", "data_dir", "name", "merge", "commit_seconds",
                 "list", "estimate", "inspect")
         return {k: v for k, v in asdict(self).items() if k not in rest}
-
-
-def _environment(name, default):
-    """A number that torchrun sets."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"the environment variable {name} is {text!r}, not a number")
-    return int(text)
 
 
 def default_name(dataset):
@@ -577,6 +570,10 @@ def check_parts_only(folder):
     if foreign:
         raise UserError(f"{folder} holds files that are not prepare.py's ({foreign[0]}): "
                         "choose another --name")
+    meta = read_meta(folder)  # refuses a meta.json that is not prepare.py's
+    if meta and not meta["complete"]:
+        raise UserError(f"{folder} holds a pass of one machine that is not complete: "
+                        "choose another --name")
 
 
 def prepare(cfg):
@@ -613,8 +610,9 @@ def prepare(cfg):
             begin(folder, meta, files)
             finished = Pass(cfg, folder, source, tokenizer, meta).run()
         except UserError:
-            if not saved:
-                folder.remove()
+            done = (folder.meta or {}).get("train"), (folder.meta or {}).get("val")
+            if sum(split["documents"] for split in done if split) < 2:
+                folder.remove()  # a pass without two documents is nothing to go on from
             raise
         except OSError as e:
             raise UserError(f"{path}: {e.strerror or e}; the same command goes on from here "
@@ -713,6 +711,8 @@ class Pass:
             self.close()
         splits = {split: self.folder.meta[split] for split in ("train", "val")}
         files = {f["name"] for split in splits.values() for f in split["files"]}
+        # seen.bin goes: meta.json must say so first, or a kill in between could not be resumed
+        self.folder.write({**self.folder.meta, "seen": {"keys": 0, "xxh3": ""}})
         self.folder.forget(files | {SOURCE_FILES})
         counts = {name: n for name, n in self.counts.items() if n and name != "rows"}
         self.folder.write({**self.meta, "complete": True, **splits,

@@ -55,7 +55,7 @@ def sample(cfg, out=sys.stdout):
             raise UserError(f"cannot read {text[5:]}: "
                             f"{getattr(e, 'strerror', None) or e}") from None
     # a terminal may pass any bytes, also such that are not UTF-8
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     prompt = [tokenizer.separator]  # a document starts at a separator
     if text:
         prompt += tokenizer.encode(text).tolist()

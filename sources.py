@@ -187,7 +187,7 @@ class TextFile:
             head = head[len(mark):]
         array = self.kind == "json" and _spans_lines(head)
         if not encoding and not array:
-            yield from self._unpacked(len(mark) + offset)
+            yield from self._unpacked(len(mark), offset)
             return
         stream = self._unpacked(len(mark))
         if encoding:
@@ -196,17 +196,22 @@ class TextFile:
             stream = self._one_value_a_line(stream)
         yield from _skip(stream, offset)
 
-    def _unpacked(self, offset):
-        """Yield the file's bytes, decompressed, from `offset` on."""
+    def _unpacked(self, mark, offset=0):
+        """
+        Yield the file's bytes, decompressed, from mark + offset on. The pieces end where they end
+        for offset 0: a pass that is taken up again must cut the same blocks.
+        """
         self.damage = ""
         try:
             if self.packing:
-                yield from _skip(self._decompressed(), offset)
+                yield from _skip(self._decompressed(), mark + offset)
                 return
             with open(self.path, "rb") as f:
-                f.seek(offset)
+                skip = offset % BLOCK
+                f.seek(mark + offset - skip)
                 while piece := f.read(BLOCK):
-                    yield piece
+                    yield piece[skip:]
+                    skip = 0
         except OSError as e:
             raise UserError(f"{self.path} cannot be read: {e.strerror or e}") from None
 
@@ -238,6 +243,10 @@ class TextFile:
                 careful = careful_from is not None and at >= careful_from
                 packed = f.read(1 if careful else CHUNK)
                 self.packed_bytes = f.tell()
+                if at and not begun and packed and self.packing == ".gz":
+                    packed = packed.lstrip(b"\0")  # zeros may pad the file
+                    if not packed:
+                        continue
                 if not packed:
                     self.damage = "it breaks off" if begun else ""
                     return
@@ -266,14 +275,15 @@ class TextFile:
         text = ""
         for piece in stream:
             text += utf8.decode(piece)
+            at = 0
             while True:
-                start = between.match(text).end()
+                at = between.match(text, at).end()
                 try:
-                    value, end = decoder.raw_decode(text, start)
+                    value, at = decoder.raw_decode(text, at)
                 except (ValueError, RecursionError):
                     break  # the rest of this value is still to come, or the value is broken
                 yield json.dumps(value).encode() + b"\n"
-                text = text[end:]
+            text = text[at:]
             if len(text) > LONGEST_VALUE:
                 break
         if text[between.match(text).end():]:
@@ -286,15 +296,18 @@ def _spans_lines(head):
     rather than with one value a line?
     """
     text = head.decode("utf-8", "replace").lstrip()
-    line, newline, _ = text.partition("\n")
-    if _json_values(line) is not None:
-        return False
-    if text.startswith("["):
-        return True
+    line, _, rest = text.partition("\n")
+    if not rest or _json_values(line) is not None:
+        return text.startswith("[") and not rest and _json_values(line) is None
     try:
-        return bool(text) and bool(newline) and json.JSONDecoder().raw_decode(text)[1] > len(line)
+        return json.JSONDecoder().raw_decode(text)[1] > len(line)
     except (ValueError, RecursionError):
-        return False
+        pass  # the value is longer than the head, or the first line is broken
+    try:
+        json.loads(rest.partition("\n")[0])
+        return False  # a line that is whole: one value a line
+    except (ValueError, RecursionError):
+        return text.startswith("[")
 
 
 def _decompressor(packing):
@@ -547,14 +560,21 @@ def article_blocks(blocks, column, share, state):
         last = block.state
         articles = []
         for text in block_texts(block, column, {}):
-            for line in (text or "").splitlines(keepends=True):
+            if text is None:
+                articles.append(None)  # a broken row, to be counted
+                continue
+            for line in text.splitlines(keepends=True):
                 if line.startswith(" = ") and not line.startswith(" = = ") and begun:
                     articles.append("".join(begun))
                     begun = []
                 begun.append(line)
         number += 1
         if number % world_size == rank:
-            yield Block("texts", articles, dict(stream=last, begun=list(begun), number=number))
+            state = dict(stream=last, begun=list(begun), number=number)
+            if block.kind == "fault":
+                yield block._replace(state=state)
+            else:
+                yield Block("texts", articles, state)
     if begun and (number + 1) % world_size == rank:
         yield Block("texts", ["".join(begun)], dict(stream=last, begun=[], number=number + 1))
 
@@ -635,11 +655,18 @@ def local_files(path):
             root, pattern = os.path.dirname(re.split(r"[*?\[]", path)[0]), path
         root = os.path.realpath(root)
         found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
-        paths = [p for p in found if os.path.realpath(p).startswith(os.path.join(root, ""))]
-        if len(paths) < len(found):
-            outside = next(p for p in found if p not in set(paths))
-            warn(f"{len(found) - len(paths)} links lead out of {root} and are not followed, "
+        inside = [p for p in found if os.path.realpath(p).startswith(os.path.join(root, ""))]
+        if len(inside) < len(found):
+            outside = next(p for p in found if p not in set(inside))
+            warn(f"{len(found) - len(inside)} links lead out of {root} and are not followed, "
                  f"{outside} for one: name such a file itself")
+        own_name_first = sorted(inside, key=lambda p: os.path.realpath(p) != os.path.abspath(p))
+        by_file = {}
+        for p in own_name_first:
+            by_file.setdefault(os.path.realpath(p), p)
+        paths = sorted(by_file.values())
+        if len(paths) < len(inside):
+            warn(f"{len(inside) - len(paths)} links in {root} lead to files that are read anyway")
     if not paths and (kind_of(path)[0]
                       or "*" in path
                       or path.startswith(("/", "."))

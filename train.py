@@ -29,7 +29,8 @@ import configurator
 import kernels
 from checkpoint import (check_dtype, check_vocabulary, find_data, load_checkpoint, load_retrofit,
                         load_weights, not_finite, precision, read_log, save_checkpoint, use_device)
-from configurator import UserError, check_ranges, flags, only_one, parse, replacing, run, to_json
+from configurator import (UserError, check_ranges, environment, flags, only_one, parse, replacing,
+                          run, to_json)
 from data import Batches, Data, differences, identity
 from model import GSA, GSAConfig
 
@@ -176,7 +177,8 @@ def claim(cfg):
     Make out_dir ready for a run from scratch. A run that is there already is refused;
     with cfg.overwrite its checkpoint and log are removed.
     """
-    found = [n for n in ("ckpt.pt", "log.jsonl") if os.path.exists(os.path.join(cfg.out_dir, n))]
+    names = ("ckpt.pt", "log.jsonl", "config.json")
+    found = [n for n in names if os.path.exists(os.path.join(cfg.out_dir, n))]
     if found and not cfg.overwrite:
         raise UserError(f"{cfg.out_dir} holds a run already ({found[0]}): "
                         "--init_from=resume continues it, another --out_dir keeps it, "
@@ -308,13 +310,17 @@ def train(cfg, new_data=False):
     Returns the last evaluation's metrics, with tokens and tokens_per_second.
     new_data: a resumed run may go on with other tokens than it began with. Raises UserError.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
+    world = environment("WORLD_SIZE", 1)
+    rank = environment("RANK", 0)
     device = use_device(cfg.device)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"WORLD_SIZE is {world}, but the ranks cannot meet "
+                            f"({str(e).splitlines()[0]}): start them by torchrun") from None
         if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            device = f"cuda:{environment('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
     try:
         return Run(cfg, device, rank, world, new_data).train()
@@ -355,7 +361,7 @@ class Run:
         self.batches = {}
         for split, ids in (("train", data.train), ("val", data.val)):
             self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, data.separator,
-                                          cfg.seed, cfg.doc_mask)
+                                          cfg.seed, cfg.doc_mask, data.vocab_size)
         # 3. model and optimizers
         torch.manual_seed(cfg.seed)
         self.autocast = precision(device, cfg.dtype)
@@ -395,10 +401,8 @@ class Run:
     def train(self):
         """The loop: save and evaluate every eval_interval steps and at the end, and take a step."""
         cfg, resumed = self.cfg, self.cfg.init_from == "resume"
-        alone = only_one(cfg.out_dir, "train.py") if self.rank == 0 else contextlib.nullcontext()
-        with alone:
-            if self.rank == 0 and not resumed:
-                claim(cfg)
+        with contextlib.ExitStack() as closing:
+            self.claim_out_dir(closing)
             self.greet()
             evaluated = self.open_log()
             metrics = {}
@@ -423,6 +427,27 @@ class Run:
                 self.log.close()
         speed = self.tokens / self.seconds if self.seconds else 0.0
         return {**metrics, "tokens": self.tokens, "tokens_per_second": speed}
+
+    def claim_out_dir(self, closing):
+        """Rank 0 claims and locks out_dir, until `closing` closes. Refused, all ranks stop."""
+        refusal = None
+        if self.rank == 0:
+            try:
+                closing.enter_context(only_one(self.cfg.out_dir, "train.py"))
+                if self.cfg.init_from != "resume":
+                    claim(self.cfg)
+            except UserError as e:
+                refusal = e
+        if self.from_rank_0(refusal is not None):
+            raise refusal or UserError("rank 0 refuses")
+
+    def from_rank_0(self, flag):
+        """The bool that rank 0 passes, on every rank."""
+        if self.world == 1:
+            return flag
+        x = torch.tensor(int(flag), device=self.device)
+        dist.broadcast(x, 0)
+        return bool(x)
 
     # ---- one step
 
@@ -576,12 +601,12 @@ class Run:
         Write config.json and open log.jsonl.
         Returns whether the log holds the evaluation of this step.
         """
-        if self.rank:
-            return False
-        with replacing(os.path.join(self.cfg.out_dir, "config.json")) as f:
-            f.write(to_json({**asdict(self.cfg), "git_commit": git_commit()}, indent=1))
-        self.log, evaluated = open_log(os.path.join(self.cfg.out_dir, "log.jsonl"), self.step)
-        return evaluated
+        evaluated = False
+        if self.rank == 0:
+            with replacing(os.path.join(self.cfg.out_dir, "config.json")) as f:
+                f.write(to_json({**asdict(self.cfg), "git_commit": git_commit()}, indent=1))
+            self.log, evaluated = open_log(os.path.join(self.cfg.out_dir, "log.jsonl"), self.step)
+        return self.from_rank_0(evaluated)
 
     def record(self, kind, **values):
         """A line of log.jsonl."""

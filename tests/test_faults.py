@@ -205,6 +205,78 @@ def test_a_meta_json_that_names_files_outside_its_folder_is_refused(tmp_path, na
     refused(lambda: Data(str(tmp_path / "data/d")), "no .bin file inside the folder")
 
 
+def test_a_first_pass_that_breaks_off_keeps_what_it_has_committed(tmp_path, monkeypatch):
+    """As when the network fails after forty hours: the same command goes on, not from zero."""
+    monkeypatch.setattr(sources, "BLOCK", 3000)
+    source = jsonl(tmp_path / "a.jsonl", DOCS * 5)
+    write, calls = prepare.write_documents, []
+
+    def breaks_off(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise UserError("the stream broke off")
+        return write(*args)
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "write_documents", breaks_off)
+        refused(lambda: run(tmp_path, source, commit_seconds=0), "broke off")
+    assert data_module.read_meta(str(tmp_path / "data/d"))["train"]["documents"] > 50
+    run(tmp_path, source)
+    assert sorted(documents(tmp_path / "data/d")) == sorted(DOCS * 5)
+
+
+def test_a_kill_after_the_last_commit_can_be_resumed(tmp_path, monkeypatch):
+    source, more = jsonl(tmp_path / "a.jsonl", DOCS * 2), dict(dedup="exact")
+    run(tmp_path / "whole", source, **more)
+    write = prepare.Folder.write
+
+    def killed(self, meta):
+        if meta["complete"]:
+            raise KeyboardInterrupt
+        write(self, meta)
+    with monkeypatch.context() as m:
+        m.setattr(prepare.Folder, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", source, **more)
+    run(tmp_path / "cut", source, **more)
+    assert content(tmp_path / "cut/data/d") == content(tmp_path / "whole/data/d")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_two_machines_on_one_file_lose_nothing_when_one_is_resumed(tmp_path, monkeypatch, ending):
+    """The blocks of a resumed machine must be those that the other machine leaves out."""
+    for name, size in dict(BLOCK=4000, SHORTEST=300, LONGEST=900).items():
+        monkeypatch.setattr(sources, name, size)
+    docs = [f"{i} " + "some words " * (i % 30) for i in range(1500)]
+    path = tmp_path / f"a.{ending}"
+    path.write_text("\n\n".join(docs)) if ending == "txt" else jsonl(path, docs)
+    texts = []
+    for rank, restart in ((0, False), (1, True)):
+        state = None
+        while True:
+            blocks = sources.file_blocks([str(path)], "text", (rank, 2), state)
+            part = [next(blocks, None)] if restart else list(blocks)
+            if not part or part[0] is None:
+                break
+            for block in part:
+                texts += sources.block_texts(block, "text", {})
+            state = part[-1].state
+    if ending == "txt":
+        assert sum(map(len, texts)) == len("\n\n".join(docs)) and len(set(texts)) == len(texts)
+    else:
+        assert sorted(texts) == sorted(docs)
+
+
+def test_merge_refuses_a_meta_json_that_is_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 3000)
+    source = jsonl(tmp_path / "a.jsonl", DOCS * 3)
+    for rank in (0, 1):
+        run(tmp_path, source, rank=rank, world_size=2, val_fraction=0.5)
+    mine = tmp_path / "data/d/meta.json"
+    mine.write_text('{"mine": 1}')
+    refused(lambda: prepare.merge(settings(tmp_path, source, world_size=2)), "is damaged")
+    assert mine.read_text() == '{"mine": 1}'
+
+
 # ---- 2. vocabularies
 
 def rank_file(path, merges):
@@ -474,6 +546,28 @@ def checked_zstd(raw):
     return zstandard.ZstdCompressor(write_checksum=True).compress(raw)
 
 
+def test_a_damaged_file_of_articles_is_named_and_counted(tmp_path, capsys):
+    lines = [f" = Article {i} = \n" if j == 0 else f" line {j} \n" for i in range(3000) for j in range(4)]
+    raw = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode() + b"broken\n"
+    packed = gzip.compress(raw)
+    (tmp_path / "w.jsonl.gz").write_bytes(packed[:len(packed) // 2])
+    (tmp_path / "whole.jsonl").write_bytes(raw)
+    for name, expected in (("w.jsonl.gz", "damaged files"), ("whole.jsonl", "broken")):
+        cfg = prepare.PrepareConfig(dataset="wikitext-103", source=str(tmp_path / name), tokenizer="bytes",
+                                    num_proc=1, data_dir=str(tmp_path / expected))
+        meta = prepare.prepare(cfg)
+        assert meta["counts"] == {expected: 1} and meta["val"]["documents"] > 1000
+    assert "w.jsonl.gz is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zeros", [512, 200_000])
+def test_zeros_that_pad_a_gzip_file_are_no_damage(tmp_path, zeros):
+    raw = "".join(json.dumps({"text": d}) + "\n" for d in DOCS).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw) + b"\0" * zeros + gzip.compress(raw))
+    assert not run(tmp_path, tmp_path / "a.jsonl.gz")["counts"]
+    assert len(documents(tmp_path / "data/d")) == 2 * len(DOCS)
+
+
 def test_when_little_is_left_the_damaged_file_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n' * 9)[:12])
     refused(lambda: run(tmp_path, tmp_path / "a.jsonl.gz"), "a.jsonl.gz is damaged")
@@ -718,6 +812,35 @@ def test_an_out_dir_that_holds_a_run_is_refused_unless_overwritten(demo, out):
     assert max(r["step"] for r, _ in checkpoint_module.read_log(str(out / "log.jsonl"))) == 2
 
 
+def test_a_config_json_that_is_not_a_runs_is_not_overwritten(demo, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    refused(lambda: train.train(config(demo, tmp_path)), r"holds a run already \(config.json\)")
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
+def test_ids_beyond_the_vocabulary_are_one_line(out, demo, tmp_path):
+    data = shutil.copytree(demo, tmp_path / "data")
+    for split in ("train", "val"):
+        ids = np.fromfile(data / f"{split}.bin", np.uint16)
+        ids[::20] = 60000
+        ids.tofile(data / f"{split}.bin")
+    refused(lambda: train.train(config(str(data), tmp_path / "new")), "the id 60000, beyond its vocabulary of 257")
+    refused(lambda: evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), data=str(data))), "the id 60000")
+
+
+def test_a_retrofit_of_another_architecture_is_refused(demo, tmp_path):
+    train.train(config(demo, tmp_path / "dense", "dense", n_head=4, n_kv_head=2, max_iters=1))
+    for change in (dict(n_head=2, n_kv_head=2), dict(n_head=4, n_kv_head=2, rope_base=5e5)):
+        refused(lambda: train.train(config(demo, tmp_path / "new", retrofit_from=str(tmp_path / "dense"), **change)),
+                "does not fit")
+
+
+@pytest.mark.parametrize("world", ["x", "2"])
+def test_a_world_size_without_torchrun_is_one_line(demo, tmp_path, monkeypatch, world):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    refused(lambda: train.train(config(demo, tmp_path / "out")), "WORLD_SIZE")
+
+
 def test_an_out_dir_that_another_training_uses_is_refused(demo, out):
     with configurator.only_one(str(out), "train.py"):
         refused(lambda: train.train(config(demo, out, overwrite=True)),
@@ -759,9 +882,11 @@ def test_links_are_followed_inside_the_folder_or_when_named(tmp_path, capsys):
     os.symlink(tmp_path / "out", tmp_path / "in/folder")
     names = lambda path: sorted(
         os.path.relpath(p, tmp_path) for p in sources.local_files(str(path)))
-    assert names(tmp_path / "in") == ["in/again.jsonl", "in/real.jsonl"]
-    assert "links lead out" in capsys.readouterr().err
-    assert names(tmp_path / "in/**/*.jsonl") == ["in/again.jsonl", "in/real.jsonl"]
+    os.symlink(tmp_path / "in", tmp_path / "in/loop")
+    assert names(tmp_path / "in") == ["in/real.jsonl"]  # each file once
+    errors = capsys.readouterr().err
+    assert "links lead out" in errors and "that are read anyway" in errors
+    assert names(tmp_path / "in/**/*.jsonl") == ["in/real.jsonl"]
     assert names(tmp_path / "in/link.jsonl") == ["in/link.jsonl"]
 
 
@@ -913,6 +1038,13 @@ def test_json_in_other_forms_is_simply_read(tmp_path, form, monkeypatch):
                                              block.state)
                 for t in sources.block_texts(b, "text", {})]
         assert rest == [t for b in blocks[i + 1:] for t in sources.block_texts(b, "text", {})]
+
+
+def test_a_broken_first_line_does_not_hide_the_others(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl")
+    path.write_text('[ {"text": oops\n' + path.read_text())
+    assert run(tmp_path, path)["counts"] == {"broken": 1}
+    assert sorted(documents(tmp_path / "data/d")) == sorted(DOCS)
 
 
 def test_broken_json_over_several_lines_is_named(tmp_path, capsys):

@@ -195,6 +195,11 @@ def test_torchrun(data, tmp_path):
     assert done.returncode == 0, done.stderr
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-3) and a["index_loss"] == pytest.approx(b["index_loss"], abs=2e-2)
+    resume = ["--init_from=resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=6"]
+    done = subprocess.run(command + resume, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in log(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in log(tmp_path / "two", "eval")] == [4, 6]
 
 
 def free_port():

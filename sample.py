@@ -54,8 +54,11 @@ def sample(cfg, out=sys.stdout):
         except (OSError, ValueError) as e:  # ValueError: a NUL in the name
             raise UserError(f"cannot read {text[5:]}: "
                             f"{getattr(e, 'strerror', None) or e}") from None
-    # a terminal may pass any bytes, also such that are not UTF-8
-    text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    try:  # a terminal may pass any bytes, which Python keeps as surrogates
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other surrogates, from a config file
+        raw = text.encode("utf-8", "surrogatepass")
+    text = raw.decode("utf-8", "replace")
     prompt = [tokenizer.separator]  # a document starts at a separator
     if text:
         prompt += tokenizer.encode(text).tolist()

@@ -1198,6 +1198,13 @@ def test_fewer_tokens_than_machines_is_not_without_limit(tmp_path):
     assert meta["val"]["documents"] == 1
 
 
+@pytest.mark.parametrize("start", ["\ud800", "a\udcff", os.fsdecode("×漢".encode())])
+def test_a_prompt_of_any_characters_is_continued(out, start):
+    with open(os.devnull, "w") as nowhere:
+        how = sampling.SampleConfig(str(out), start=start, num_samples=1, max_new_tokens=2)
+        sampling.sample(how, nowhere)
+
+
 def test_a_device_that_cannot_be_used_is_one_line(out):
     refused(lambda: sampling.sample(sampling.SampleConfig(out_dir=str(out), device="cuad")),
             "device 'cuad' cannot be used")

@@ -388,7 +388,8 @@ class Batches:
         self.order = functools.lru_cache(2)(self._order)  # a batch may reach into the next epoch
         if self.n < 1:
             raise UserError(f"block_size {block_size} is larger than the data "
-                            f"({len(ids):,} tokens): prepare more, or shorten it")
+                            f"(one of its splits has {len(ids):,} tokens): "
+                            "prepare more, or shorten it")
 
     def _order(self, epoch):
         """

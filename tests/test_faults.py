@@ -547,14 +547,16 @@ def checked_zstd(raw):
 
 
 def test_a_damaged_file_of_articles_is_named_and_counted(tmp_path, capsys):
-    lines = [f" = Article {i} = \n" if j == 0 else f" line {j} \n" for i in range(3000) for j in range(4)]
+    article = [" line 1 \n", " line 2 \n", " line 3 \n"]
+    lines = [line for i in range(3000) for line in (f" = Article {i} = \n", *article)]
     raw = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode() + b"broken\n"
     packed = gzip.compress(raw)
     (tmp_path / "w.jsonl.gz").write_bytes(packed[:len(packed) // 2])
     (tmp_path / "whole.jsonl").write_bytes(raw)
     for name, expected in (("w.jsonl.gz", "damaged files"), ("whole.jsonl", "broken")):
-        cfg = prepare.PrepareConfig(dataset="wikitext-103", source=str(tmp_path / name), tokenizer="bytes",
-                                    num_proc=1, data_dir=str(tmp_path / expected))
+        cfg = prepare.PrepareConfig(dataset="wikitext-103", source=str(tmp_path / name),
+                                    tokenizer="bytes", num_proc=1,
+                                    data_dir=str(tmp_path / expected))
         meta = prepare.prepare(cfg)
         assert meta["counts"] == {expected: 1} and meta["val"]["documents"] > 1000
     assert "w.jsonl.gz is damaged" in capsys.readouterr().err
@@ -824,15 +826,17 @@ def test_ids_beyond_the_vocabulary_are_one_line(out, demo, tmp_path):
         ids = np.fromfile(data / f"{split}.bin", np.uint16)
         ids[::20] = 60000
         ids.tofile(data / f"{split}.bin")
-    refused(lambda: train.train(config(str(data), tmp_path / "new")), "the id 60000, beyond its vocabulary of 257")
-    refused(lambda: evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), data=str(data))), "the id 60000")
+    refused(lambda: train.train(config(str(data), tmp_path / "new")),
+            "the id 60000, beyond its vocabulary of 257")
+    how = evaluation.EvalConfig(out_dir=str(out), data=str(data))
+    refused(lambda: evaluation.evaluate(how), "the id 60000")
 
 
 def test_a_retrofit_of_another_architecture_is_refused(demo, tmp_path):
     train.train(config(demo, tmp_path / "dense", "dense", n_head=4, n_kv_head=2, max_iters=1))
     for change in (dict(n_head=2, n_kv_head=2), dict(n_head=4, n_kv_head=2, rope_base=5e5)):
-        refused(lambda: train.train(config(demo, tmp_path / "new", retrofit_from=str(tmp_path / "dense"), **change)),
-                "does not fit")
+        cfg = config(demo, tmp_path / "new", retrofit_from=str(tmp_path / "dense"), **change)
+        refused(lambda: train.train(cfg), "does not fit")
 
 
 @pytest.mark.parametrize("world", ["x", "2"])

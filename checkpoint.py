@@ -56,6 +56,14 @@ def precision(device, dtype):
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def check_backend(backend, device):
+    """Refuse a path of kernels.py that cannot run on the device. Raises UserError."""
+    try:
+        kernels.check_backend(backend, torch.empty(0, device=device))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
 def check_dtype(dtype):
     if dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16")
@@ -113,10 +121,7 @@ def load_model(folder, device="cpu", backend="auto"):
     """(model in eval mode, checkpoint dict) of a training run's out_dir. Raises UserError."""
     checkpoint = load_checkpoint(folder, device)
     path = os.path.join(folder, "ckpt.pt")
-    try:
-        kernels.check_backend(backend, torch.empty(0, device=device))
-    except ValueError as e:
-        raise UserError(str(e)) from None
+    check_backend(backend, device)
     try:
         config = GSAConfig(**checkpoint["model_config"])
     except (TypeError, ValueError) as e:  # an unknown name, an impossible or damaged value

@@ -610,8 +610,7 @@ def prepare(cfg):
             begin(folder, meta, files)
             finished = Pass(cfg, folder, source, tokenizer, meta).run()
         except UserError:
-            done = (folder.meta or {}).get("train"), (folder.meta or {}).get("val")
-            if sum(split["documents"] for split in done if split) < 2:
+            if sum(folder.meta[split]["documents"] for split in ("train", "val")) < 2:
                 folder.remove()  # a pass without two documents is nothing to go on from
             raise
         except OSError as e:

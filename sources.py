@@ -235,22 +235,23 @@ class TextFile:
         """
         self.bad_chunk = None
         self.damage = ""
-        # begun: inside a gzip member or zstd frame
-        unpack, begun = _decompressor(self.packing), False
+        unpack = _decompressor(self.packing)
+        begun = False  # inside a gzip member or zstd frame
+        padding = False  # behind a gzip member, where zeros may pad the file
         with open(self.path, "rb") as f:
             while True:
                 at = f.tell()
                 careful = careful_from is not None and at >= careful_from
                 packed = f.read(1 if careful else CHUNK)
                 self.packed_bytes = f.tell()
-                if at and not begun and packed and self.packing == ".gz":
-                    packed = packed.lstrip(b"\0")  # zeros may pad the file
-                    if not packed:
-                        continue
                 if not packed:
                     self.damage = "it breaks off" if begun else ""
                     return
                 while packed:
+                    if padding:
+                        packed = packed.lstrip(b"\0")
+                        if not packed:
+                            break
                     try:
                         piece = unpack.decompress(packed)
                     except Exception as e:  # zlib.error, zstandard.ZstdError
@@ -259,11 +260,12 @@ class TextFile:
                         return
                     if piece:
                         yield piece
-                    begun, packed = True, b""
-                    if unpack.eof:  # another member or frame may follow, or zeros that pad the file
-                        packed = (unpack.unused_data.lstrip(b"\0") if self.packing == ".gz"
-                                  else unpack.unused_data)
-                        unpack, begun = _decompressor(self.packing), False
+                    begun = not unpack.eof
+                    padding = unpack.eof and self.packing == ".gz"
+                    packed = b""
+                    if unpack.eof:  # another member or frame may follow
+                        packed = unpack.unused_data
+                        unpack = _decompressor(self.packing)
 
     def _one_value_a_line(self, stream):
         """
@@ -297,8 +299,10 @@ def _spans_lines(head):
     """
     text = head.decode("utf-8", "replace").lstrip()
     line, _, rest = text.partition("\n")
-    if not rest or _json_values(line) is not None:
-        return text.startswith("[") and not rest and _json_values(line) is None
+    if _json_values(line) is not None:
+        return False
+    if not rest:
+        return text.startswith("[")  # an array on one line that is longer than the head
     try:
         return json.JSONDecoder().raw_decode(text)[1] > len(line)
     except (ValueError, RecursionError):

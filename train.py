@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import configurator
 import kernels
-from checkpoint import (check_dtype, check_vocabulary, find_data, load_checkpoint, load_retrofit,
-                        load_weights, not_finite, precision, read_log, save_checkpoint, use_device)
+from checkpoint import (check_backend, check_dtype, check_vocabulary, find_data, load_checkpoint,
+                        load_retrofit, load_weights, not_finite, precision, read_log,
+                        save_checkpoint, use_device)
 from configurator import (UserError, check_ranges, environment, flags, only_one, parse, replacing,
                           run, to_json)
 from data import Batches, Data, differences, identity
@@ -142,8 +143,8 @@ def settings(argv):
 
 def resumed_settings(given):
     """
-    The settings saved in out_dir's checkpoint, with those given now that may change.
-    Raises UserError for others.
+    The settings saved in out_dir's checkpoint, replaced by those given now.
+    Raises UserError if a setting is given that must not change.
     """
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     checkpoint = load_checkpoint(out_dir)
@@ -163,7 +164,8 @@ def resumed_settings(given):
 
 def check_same_data(checkpoint, data, new_data):
     """
-    Refuse to resume on other tokens than the run began with, unless new_data says that it is meant.
+    Refuse to resume on other tokens than the run began with. new_data: the user named the data,
+    so other tokens are meant.
     """
     check_vocabulary(checkpoint, data.meta, data.path)
     changed = differences(identity(checkpoint["meta"]), identity(data.meta))
@@ -192,10 +194,9 @@ def claim(cfg):
 
 def open_log(path, step):
     """
-    The JSONL log, open for appending behind its records up to `step`: what came after the
-    checkpoint is done again. The file is cut in place, so a crash at any moment leaves all the
-    records that count.
-    Returns it and whether it holds the evaluation of that step.
+    Cut the JSONL log behind its records up to `step`, since the steps after the checkpoint are
+    done again. The file is cut in place: a crash at any moment leaves all the records that count.
+    Returns the file, open for appending, and whether it holds the evaluation of that step.
     """
     end, evaluated = 0, False
     for record, offset in read_log(path):
@@ -247,10 +248,10 @@ def orthogonal(x):
 
 class Muon(torch.optim.Optimizer):
     """
-    Muon (Jordan et al. 2024) for matrices: the update is Nesterov's momentum made orthogonal, in
-    size that of AdamW's (arXiv 2502.16982, "match_rms_adamw").
-    The same as torch.optim.Muon, but float32 on a CPU. Torch's takes bfloat16 everywhere, which a
-    CPU without instructions for it multiplies 18 times slower than float32 (LOG.md).
+    Muon (Jordan et al. 2024) for matrices. The update is Nesterov's momentum made orthogonal, and
+    scaled to the size of AdamW's update (arXiv 2502.16982, "match_rms_adamw").
+    It computes what torch.optim.Muon computes, but in float32 on a CPU. Torch's uses bfloat16
+    everywhere, and a CPU without bfloat16 instructions takes 18 times as long for it (LOG.md).
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -348,10 +349,7 @@ class Run:
         if cfg.grad_accum % world:
             raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) "
                             f"is not a multiple of the {world} ranks")
-        try:
-            kernels.check_backend(cfg.backend, torch.empty(0, device=device))
-        except ValueError as e:
-            raise UserError(str(e)) from None
+        check_backend(cfg.backend, device)
         check_compiler(cfg)
         # 2. data
         self.data = data = Data(cfg.data)
@@ -418,8 +416,9 @@ class Run:
                     again = resumed and self.step == first
                     if not again:
                         self.save()
-                    if done or not (again and evaluated):
-                        metrics = self.evaluate(record=not (again and evaluated))
+                    recorded = again and evaluated
+                    if done or not recorded:
+                        metrics = self.evaluate(record=not recorded)
                 if done:
                     break
                 self.optimize()

@@ -1,4 +1,7 @@
-"""The demo of README.md: one laptop CPU, 10 to 30 minutes. Data: python prepare.py --dataset demo"""
+"""
+The demo of README.md: one laptop CPU, 10 to 30 minutes.
+Its data: python prepare.py --dataset demo
+"""
 data = "data/demo"
 out_dir = "out"
 attention = "gsa"

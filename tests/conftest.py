@@ -21,7 +21,10 @@ def seeded():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 queries, 6 at a time where they share keys, few where not, scores of 7 or 8 keys at a time, so that short sequences have several."""
+    """
+    Small sizes for the PyTorch path, so that a short sequence has several of each: tiles of 16
+    queries, dense blocks of 6 queries, few gathered logits, scores of 7 or 8 keys at a time.
+    """
     import kernels
     monkeypatch.setattr(kernels, "TILE", 16)
     monkeypatch.setattr(kernels, "ROWS", 6)

@@ -1,4 +1,6 @@
-"""What the compiler makes of the Triton kernels, for GPUs that need not be here: python kernels.py --report."""
+"""
+What the compiler makes of the Triton kernels: python kernels.py --report. Needs no GPU.
+"""
 import itertools
 import json
 import subprocess
@@ -9,10 +11,10 @@ import pytest
 
 from conftest import COMPILING, ROOT
 
-# Bytes a block may use (CUDA programming guide, compute capabilities). sm_80 has 163 KB, but its
-# code also serves sm_86 and sm_89.
 pytestmark = pytest.mark.xdist_group("aot")  # one process compiles for all of them
 
+# Bytes a block may use (CUDA programming guide, compute capabilities). sm_80 has 163 KB, but its
+# code also serves sm_86 and sm_89.
 SHARED = {80: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
@@ -52,7 +54,10 @@ def test_fp32_compiles_at_the_widest_heads_for_each_gpu(report):
 
 @pytest.mark.parametrize("sm,unit", [(80, "HMMA"), (90, "HGMMA"), (100, "UTCHMMA")])
 def test_matrix_units(report, sm, unit):
-    """mma.sync on Ampere, wgmma on Hopper, tcgen05 on Blackwell, in the attention both ways, the scores and the loss."""
+    """
+    Ampere uses mma.sync, Hopper wgmma, Blackwell tcgen05: in attention, forward and backward, in
+    the scores and in the loss.
+    """
     found = [r for r in report if r["sm"] == sm and r["dtype"] == "bf16"]
     found = [r for r in found if r["kernel"] not in ("select", "sum", "pack")]
     assert len(found) == 2 * 4 + 1
@@ -63,4 +68,5 @@ def test_one_special_function_per_sigmoid(report):
     for r in report:
         if r["kernel"] == "scores":
             special = {n: c for n, c in r["instructions"].items() if n.startswith("MUFU")}
-            assert special == {"MUFU.TANH": 16 * 4 * 64 // 128}  # queries × indexer heads × keys / threads
+            # queries × indexer heads × keys / threads
+            assert special == {"MUFU.TANH": 16 * 4 * 64 // 128}

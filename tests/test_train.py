@@ -180,7 +180,7 @@ def test_phases_and_checkpoint(data, tmp_path):
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_muon_is_torchs_to_the_accuracy_of_bfloat16(shape):
-    """Ten steps from the same gradients; and an orthogonalised matrix has singular values near 1."""
+    """Ten steps from the same gradients. Orthogonal means: singular values near 1."""
     start = torch.randn(shape)
     grads = [torch.randn(shape) for _ in range(10)]
 
@@ -247,7 +247,7 @@ def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
 
 
 def test_torchrun(data, tmp_path):
-    """The command line, with two gloo ranks: the losses of one process with the same total batch."""
+    """The command line, with two gloo ranks: the losses of one process with the same batch."""
     one, two = tmp_path / "one", tmp_path / "two"
     train.train(config(data, one, grad_accum=2, max_iters=4))
     env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import torch
@@ -19,12 +19,13 @@ import eval as evaluation
 import prepare
 import sample
 import train
-from configurator import UserError, parse, run
+from configurator import UserError, duration, groups, help_text, parse, run
 from conftest import COMPILING, ROOT
 from model import ARMS
 
 CONFIGS = {
     "prepare.py": prepare.PrepareConfig,
+    "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
     "eval.py": evaluation.EvalConfig,
     "bench.py": bench.BenchConfig,
@@ -42,7 +43,22 @@ class Settings:
     name: str = "x"
     count: int = 1
     rate: float = 0.5
-    flag: bool = False
+    flag: bool = False  # on or off
+
+
+@dataclass
+class Special(Settings):
+    own: str = "a"
+
+    # speed and size
+    # steps per second,
+    # of all machines together
+    rate: float = 2.0
+    wide: bool = True
+
+    def method(self):
+        # no heading
+        return self.own
 
 
 def test_parse(tmp_path):
@@ -226,10 +242,44 @@ def test_truncated_data_is_named(ready, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_help_shows_the_settings():
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"],
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py", "eval.py", "bench.py"])
+def test_help_shows_every_setting_once_and_no_source(script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"],
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "max_new_tokens: int = 300" in done.stdout
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^  --(\w+)=", done.stdout, re.M)
+    assert sorted(shown) == sorted(f.name for f in fields(CONFIGS[script]))
+    assert not re.search(r"^ *(def |class |@|return )", done.stdout, re.M)
+
+
+def test_help_groups_the_settings_as_their_dataclass_does():
+    assert groups(Special) == {
+        "settings": {"own": ("a", "")},
+        "speed and size": {"rate": (2.0, "steps per second, of all machines together"),
+                           "wide": (True, "")},
+        "model": {"name": ("x", ""), "count": (1, ""), "flag": (False, "on or off")},
+    }
+
+
+def test_help_with_a_config_shows_its_first_lines_and_its_values(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text('"""A config.\nDuration: one day."""\nrate = 7.5\n')
+    text = help_text(Special, [str(config)])
+    assert "c.py\n  A config.\n  Duration: one day." in text
+    assert "  --rate=7.5" in text and "  --wide=true" in text and "  --count=1" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_durations_are_whole_and_in_order():
+    """Shown in two units at most, a duration reads as the same number, rounded down to those."""
+    assert [duration(s) for s in (0, 9.4, 192, 7500, 200_000)] == ["0s", "9s", "3m12s", "2h05m",
+                                                                   "2d07h"]
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    for seconds in range(0, 300_000, 37):
+        parts = re.findall(r"(\d+)([dhms])", duration(seconds))
+        read = sum(int(n) * units[unit] for n, unit in parts)
+        assert 1 <= len(parts) <= 2
+        assert 0 <= seconds - read < units[parts[-1][1]]
 
 
 def test_scripts_import_without_triton_or_arguments():

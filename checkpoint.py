@@ -1,32 +1,27 @@
 """
-The checkpoint and the log that a training run writes, and what it takes to read them: the device
-and the precision. sample.py and eval.py import this file and need no trainer.
+The folder of a training run (ckpt.pt, log.jsonl, config.json), and the device and precision that
+its model is computed with. sample.py and eval.py import this file and need no trainer.
 
     model, checkpoint = load_model("out", device="cpu")
 
-A checkpoint is one file, ckpt.pt: the model's weights, the optimizers' state, the step, the
-settings and the data's meta.json. It is always a whole file, and never holds a number that is not
-finite.
+ckpt.pt holds the model's weights, the optimizers' state, the step, the settings and the data's
+meta.json. It is always a whole file, and every number in it is finite.
 """
+import contextlib
 import json
 import os
+import shutil
+import subprocess
 
 import torch
 
 import kernels
-from configurator import UserError, mismatch, replacing
-from data import META, check_meta, differences
+from configurator import UserError, mismatch, only_one, replacing, to_json
+from data import META, check_meta, differences, identity
 from model import GSA, GSAConfig
 
-CHECKPOINT = {
-    "model": dict,
-    "optimizer": list,
-    "step": int,
-    "config": {"data": str},
-    "model_config": dict,
-    "meta": META,
-}
-
+# --------------------------------------------------------------------------------------------------
+# Device, precision, compiler
 
 def use_device(name):
     """
@@ -46,8 +41,8 @@ def precision(device, dtype):
     """
     The autocast context to compute in.
     dtype: "float32" | "bfloat16" | "" = bfloat16 on a GPU, else float32.
-    On a GPU what stays in fp32 is multiplied as TF32: exact fp32 products need more registers
-    than the attention kernels have.
+    On a GPU, products that stay in fp32 are computed as TF32: the attention kernels have too few
+    registers for exact fp32 products.
     """
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -69,15 +64,35 @@ def check_dtype(dtype):
         raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16")
 
 
-def load_checkpoint(folder, device="cpu"):
+def check_compiler():
+    """Refuse torch.compile without a C++ compiler now, not by a traceback at the first step."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if not any(shutil.which(name) for name in names if name):
+        raise UserError("compile needs a C++ compiler (g++): "
+                        "install one, or train without --compile")
+
+
+# --------------------------------------------------------------------------------------------------
+# ckpt.pt
+
+CHECKPOINT = {
+    "model": dict,
+    "optimizer": list,
+    "step": int,
+    "config": {"data": str},
+    "model_config": dict,
+    "meta": META,
+}
+
+
+def load_checkpoint(folder):
     """
-    The dict of folder/ckpt.pt: model, optimizer, step, config, model_config, meta.
-    Nothing in the file is executed.
-    Raises UserError, in one line, where there is none or it is damaged.
+    The dict of folder/ckpt.pt, its tensors in CPU memory; see CHECKPOINT for its entries.
+    Nothing in the file is executed. Raises UserError where there is none or it is damaged.
     """
     path = os.path.join(folder, "ckpt.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except OSError as e:
@@ -89,16 +104,28 @@ def load_checkpoint(folder, device="cpu"):
     if not wrong:
         since = {"data_path": str} if "data_path" in checkpoint else {}  # a newer entry
         wrong = mismatch(checkpoint, since) or check_meta(checkpoint["meta"])
-    if not wrong and checkpoint["step"] < 0:
-        wrong = "its step is negative"
+    if not wrong and checkpoint["step"] < 1:
+        wrong = "its step is not positive"
     if wrong:
         raise UserError(f"{path} is not a readable checkpoint: {wrong}")
     return checkpoint
 
 
+def save_checkpoint(folder, **content):
+    """
+    Replace folder/ckpt.pt. If that fails, on a full disk for example, the old file stays whole.
+    """
+    path = os.path.join(folder, "ckpt.pt")
+    try:
+        with replacing(path, binary=True) as f:
+            torch.save(content, f)
+    except RuntimeError as e:  # torch's own writer wraps the file's OSError
+        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
+
+
 def load_weights(model, weights, path):
     """
-    Put a state dict into a model of the same shape.
+    Copy a state dict into a model of the same shape.
     Raises UserError where it does not fit or is not finite.
     """
     try:
@@ -107,19 +134,23 @@ def load_weights(model, weights, path):
         # RuntimeError lists the differences; an entry that is no tensor raises other types
         reason = " ".join(str(e).split("\n")[1:2]).strip() or type(e).__name__
         raise UserError(f"{path} does not fit its model: {reason}") from None
-    if name := not_finite(model):
+    name = not_finite(model)
+    if name:
         raise UserError(f"{path} holds numbers that are not finite ({name}): "
                         "the training that wrote it had failed")
 
 
 def not_finite(model):
     """The name of the first parameter or saved buffer with a NaN or infinity in it, or ""."""
-    return next((name for name, x in model.state_dict().items() if not torch.isfinite(x).all()), "")
+    for name, x in model.state_dict().items():
+        if not torch.isfinite(x).all():
+            return name
+    return ""
 
 
 def load_model(folder, device="cpu", backend="auto"):
     """(model in eval mode, checkpoint dict) of a training run's out_dir. Raises UserError."""
-    checkpoint = load_checkpoint(folder, device)
+    checkpoint = load_checkpoint(folder)
     path = os.path.join(folder, "ckpt.pt")
     check_backend(backend, device)
     try:
@@ -131,23 +162,10 @@ def load_model(folder, device="cpu", backend="auto"):
     return model.eval(), checkpoint
 
 
-def save_checkpoint(folder, **content):
-    """
-    Replace folder/ckpt.pt.
-    If that fails, on a full disk for example, the old checkpoint stays whole.
-    """
-    try:
-        with replacing(os.path.join(folder, "ckpt.pt"), binary=True) as f:
-            torch.save(content, f)
-    except RuntimeError as e:  # torch's own writer wraps the file's OSError
-        raise OSError(f"{os.path.join(folder, 'ckpt.pt')} cannot be written: "
-                      f"{str(e).splitlines()[0]}") from None
-
-
 def load_retrofit(model, folder):
     """
-    Load a dense checkpoint into a model with gates and indexer, the gates open (σ(8) = 0.9997),
-    so that the model starts as the dense one was. Returns the checkpoint dict.
+    Load a dense checkpoint into a model with gates and an indexer. The gates open (σ(8) = 0.9997),
+    so the model starts as the dense one was. Returns the checkpoint dict.
     """
     checkpoint = load_checkpoint(folder)
     own = model.state_dict()
@@ -156,10 +174,11 @@ def load_retrofit(model, folder):
     foreign += [n for n in new if "_gate." not in n and ".indexer." not in n]
     if foreign:
         raise UserError(f"{folder} does not fit this model: {foreign[0]} is on one side only")
-    same = ("n_head", "n_kv_head", "rope_base")  # what shapes do not tell
-    sides = [{name: config.get(name) for name in same}
-             for config in (checkpoint["model_config"], vars(model.config))]
-    if changed := differences(*sides):
+    shared = ("n_head", "n_kv_head", "rope_base")  # what the weights' shapes do not tell
+    theirs = {name: checkpoint["model_config"].get(name) for name in shared}
+    ours = {name: getattr(model.config, name) for name in shared}
+    changed = differences(theirs, ours)
+    if changed:
         raise UserError(f"{folder} does not fit this model: {changed}")
     for name, p in model.named_parameters():
         if name in new and "_gate." in name:
@@ -168,6 +187,9 @@ def load_retrofit(model, folder):
     load_weights(model, {**checkpoint["model"], **kept}, folder)
     return checkpoint
 
+
+# --------------------------------------------------------------------------------------------------
+# The data that a checkpoint belongs to
 
 def check_vocabulary(checkpoint, meta, where):
     """Refuse data whose token ids mean something else than those the checkpoint was trained on."""
@@ -180,6 +202,14 @@ def check_vocabulary(checkpoint, meta, where):
                         f"{where} holds {meta['tokenizer']} tokens of another vocabulary")
 
 
+def check_same_data(checkpoint, meta, where):
+    """Refuse to resume a run on other tokens than it began with."""
+    changed = differences(identity(checkpoint["meta"]), identity(meta))
+    if changed:
+        raise UserError(f"{where} is not the data that the run began with ({changed}): "
+                        f"give --data={where} to go on with it all the same")
+
+
 def find_data(checkpoint):
     """
     The folder of the data that a checkpoint was trained on, also from another working directory.
@@ -189,10 +219,72 @@ def find_data(checkpoint):
     return absolute if os.path.isdir(absolute) else given
 
 
+# --------------------------------------------------------------------------------------------------
+# out_dir and the log
+
+@contextlib.contextmanager
+def open_run(out_dir, settings, step, overwrite):
+    """
+    Hold a run's folder until the block ends; no other training may use it meanwhile.
+    step: that of the checkpoint to go on from, 0 = a run from scratch. A run from scratch is
+    refused where out_dir holds one already; with overwrite that one is deleted.
+    Writes config.json. Yields the log, open for appending, and whether it holds the evaluation of
+    `step`.
+    """
+    with only_one(out_dir, "train.py"):
+        if not step:
+            claim(out_dir, overwrite)
+        with replacing(os.path.join(out_dir, "config.json")) as f:
+            f.write(to_json({**settings, "git_commit": git_commit()}, indent=1))
+        log, evaluated = open_log(os.path.join(out_dir, "log.jsonl"), step)
+        with log:
+            yield log, evaluated
+
+
+def claim(out_dir, overwrite):
+    """Refuse a folder that holds a run; with overwrite, delete its files."""
+    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "config.json")]
+    found = [path for path in paths if os.path.exists(path)]
+    if found and not overwrite:
+        raise UserError(f"{out_dir} holds a run already ({os.path.basename(found[0])}): "
+                        "--init_from=resume continues it, another --out_dir keeps it, "
+                        "--overwrite loses it")
+    for path in found:
+        os.remove(path)
+
+
+def git_commit():
+    """The commit of this project's folder, or None."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"],
+                              capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def open_log(path, step):
+    """
+    Cut a log.jsonl after its records up to `step`: later steps are done again. The file is cut in
+    place, so a crash at any moment loses no record that counts.
+    Returns the file, open for appending, and whether it holds the evaluation of `step`.
+    """
+    end = 0
+    evaluated = False
+    for record, offset in read_log(path):
+        if record["step"] <= step:
+            end = offset
+        if record["step"] == step and record.get("kind") == "eval":
+            evaluated = True
+    if os.path.exists(path):
+        os.truncate(path, end)
+    return open(path, "a", encoding="utf-8"), evaluated
+
+
 def read_log(path):
     """
-    Yield (record, offset behind its line) of a log.jsonl; lines that hold no record are passed
-    over.
+    Yield (record, offset of the end of its line) of a log.jsonl. Damaged lines are passed over.
     """
     if not os.path.exists(path):
         return

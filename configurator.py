@@ -1,13 +1,13 @@
 """
 What every script shares: settings, one-line errors, and files that are replaced whole.
 
-A dataclass holds a script's defaults; config/*.py files and --key=value arguments override them.
+A dataclass holds a script's settings and their defaults. config/*.py files and --key=value
+arguments override them, later ones winning.
 
     configurator.parse(TrainConfig, ["config/gsa_small.py", "--learning_rate=3e-4"])
     -> {"n_layer": 12, ..., "learning_rate": 0.0003}
 
-A config file holds plain assignments of literals; it is parsed, never executed.
-Later arguments win.
+A config file holds plain assignments of literals. It is parsed, never executed.
 """
 import ast
 import contextlib
@@ -17,7 +17,9 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
+import textwrap
 from dataclasses import fields
 
 TRUE_OR_FALSE = {"true": True, "1": True, "false": False, "0": False}
@@ -32,8 +34,8 @@ class UserError(ValueError):
 
 def _convert(key, value, kind):
     """
-    The value as the field's type.
-    int -> float is allowed, and 1e9 -> int; nothing else is guessed.
+    The value as the field's type. Text is read as a literal; 1 -> 1.0 and 1e9 -> 1000000000
+    are allowed, nothing else is guessed.
     """
     if isinstance(value, str) and kind is bool:
         value = TRUE_OR_FALSE.get(value.lower())
@@ -47,7 +49,7 @@ def _convert(key, value, kind):
             value = float(value)
         except OverflowError:  # an integer of more than 308 digits
             value = None
-    # People write token counts as 1e9.
+    # a token count is often written 1e9
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not kind:
@@ -57,29 +59,30 @@ def _convert(key, value, kind):
 
 
 def _read(path):
-    """Yield the (name, value) pairs of a config file."""
+    """A config file, parsed: (its docstring or None, {name: value})."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             source = f.read()
+        tree = ast.parse(source)
     except OSError as e:
         raise UserError(f"cannot read config {path}: {e.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"cannot read config {path}: it is not UTF-8 text") from None
-    try:
-        body = ast.parse(source).body
     except SyntaxError as e:
         raise UserError(f"{path}:{e.lineno}: {e.msg}") from None
     except (ValueError, RecursionError, MemoryError):  # NUL bytes, endless brackets
         raise UserError(f"cannot read config {path}: it is not Python") from None
-    for node in body:
+    values = {}
+    for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # docstring
         try:
             (target,) = node.targets  # a = b = 1 has two
-            yield target.id, ast.literal_eval(node.value)
+            values[target.id] = ast.literal_eval(node.value)
         except (AttributeError, ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             raise UserError(f"{path}:{node.lineno}: only plain assignments like n_layer = 12 "
                             "belong here") from None
+    return ast.get_docstring(tree), values
 
 
 def parse(cls, argv):
@@ -87,9 +90,12 @@ def parse(cls, argv):
     cls: a dataclass of str, int, float and bool fields.
     argv: config files, --key=value, --key value, --flag (of a bool).
     Returns the given settings only, as a dict of the fields' types.
-    Raises UserError; --help prints cls and exits.
+    Raises UserError; --help prints the settings and exits.
     """
-    kinds = {f.name: f.type if isinstance(f.type, type) else eval(f.type, {}) for f in fields(cls)}
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, [arg for arg in argv if arg.endswith(".py")]))
+        raise SystemExit(0)
+    kinds = {f.name: f.type for f in fields(cls)}
     settings = {}
 
     def put(key, value):
@@ -102,12 +108,8 @@ def parse(cls, argv):
     args = list(argv)
     while args:
         arg = args.pop(0)
-        if arg in ("-h", "--help"):
-            for c in reversed(cls.__mro__[:-1]):
-                print(inspect.getsource(c))
-            raise SystemExit(0)
         if not arg.startswith("--"):
-            for key, value in _read(arg):
+            for key, value in _read(arg)[1].items():
                 put(key, value)
             continue
         key, equals, value = arg[2:].partition("=")
@@ -122,6 +124,60 @@ def parse(cls, argv):
     return settings
 
 
+def help_text(cls, configs=()):
+    """
+    What --help prints: the script's docstring, that of each config file, and the settings of
+    the dataclass in groups. A default that a config file changes is shown changed.
+    """
+    parts = [inspect.getdoc(sys.modules[cls.__module__])]
+    changed = {}
+    for path in configs:
+        doc, values = _read(path)
+        parts.append(f"{path}\n{textwrap.indent(doc or '', '  ')}")
+        changed.update(values)
+    for heading, names in groups(cls).items():
+        lines = [f"{heading}:"]
+        for name, (default, comment) in names.items():
+            value = changed.get(name, default)
+            if type(value) is bool:
+                value = str(value).lower()
+            left = f"  --{name}={value}"
+            lines += textwrap.wrap(f"{left:34}  {comment}", 100, subsequent_indent=" " * 36)
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def groups(cls):
+    """
+    The settings of a dataclass as its source groups them: {heading: {name: (default, comment)}}.
+    A comment line behind a blank line is a heading. Other comment lines belong to the field
+    below them, and a comment behind a field belongs to it. Inherited fields are the group "model".
+    """
+    found = {}
+    seen = set()
+    defaults = {f.name: f.default for f in fields(cls)}
+    for owner in cls.__mro__[:-1]:
+        heading = "settings" if owner is cls else "model"
+        above = []  # comment lines above a field
+        after_blank = False
+        for line in inspect.getsource(owner).splitlines():
+            line = line.strip()
+            field = re.match(r"(\w+): \w+ = .*?(?:  # (.*))?$", line)
+            if line.startswith("#") and after_blank and owner is cls:
+                heading = line[2:]
+            elif line.startswith("#"):
+                above.append(line[2:])
+            elif field and field[1] in defaults:
+                name = field[1]
+                comment = " ".join(above + [field[2] or ""]).strip()
+                above = []
+                if name not in seen:  # else a subclass has replaced it
+                    seen.add(name)
+                    found.setdefault(heading, {})[name] = (defaults[name], comment)
+            after_blank = line == ""
+    return found
+
+
 def flags(argv):
     """The names of the settings that are given as --flags, not by a config file."""
     return {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
@@ -129,8 +185,8 @@ def flags(argv):
 
 def check_ranges(settings, ranges):
     """
-    Raise UserError unless every number of a settings object lies in its range.
-    ranges: {(lowest, highest): "name name …"}, highest None = no limit.
+    Raise UserError unless every named number of a settings object lies in its range.
+    ranges: {(lowest, highest): "name name …"}; highest None = no limit.
     NaN and infinity lie in no range.
     """
     for (lowest, highest), names in ranges.items():
@@ -184,13 +240,13 @@ def environment(name, default):
 @contextlib.contextmanager
 def replacing(path, binary=False):
     """
-    Open a file for writing that takes the place of `path` when the block ends.
-    So `path` always holds a whole file, the old one or the new one;
-    if the block fails, the old one.
+    Open a new file that replaces `path` when the block ends. If the block fails, the old file
+    stays. So `path` always holds a whole file.
     """
     partial = f"{path}.partial"
+    how = dict(mode="wb") if binary else dict(mode="w", encoding="utf-8")
     try:
-        with open(partial, "wb" if binary else "w", encoding=None if binary else "utf-8") as f:
+        with open(partial, **how) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -203,8 +259,8 @@ def replacing(path, binary=False):
 
 def to_json(value, **options):
     """
-    json.dumps of a value whose numbers may be NaN or infinite:
-    those become null, as JSON has no such numbers.
+    json.dumps of a value whose numbers may be NaN or infinite. They become null: JSON has no
+    such numbers.
     """
     def finite(x):
         if isinstance(x, dict):
@@ -219,7 +275,7 @@ def to_json(value, **options):
 def only_one(folder, script):
     """
     Make the folder and keep other runs of `script` out of it until the block ends.
-    It goes again if it stays empty.
+    A new folder that is still empty then is removed.
     """
     import fcntl  # POSIX only
     new = not os.path.exists(folder)
@@ -240,10 +296,23 @@ def only_one(folder, script):
 # --------------------------------------------------------------------------------------------------
 # Running a script
 
+def duration(seconds):
+    """Seconds in words of at most two units: 9.4 -> "9s", 192 -> "3m12s", 7500 -> "2h05m"."""
+    seconds = round(seconds)
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d{hours % 24:02}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02}m"
+    if minutes:
+        return f"{minutes}m{seconds % 60:02}s"
+    return f"{seconds}s"
+
+
 def say(*words):
     """
-    print() at once.
-    A reader that goes away (… | head -1) does not end the work: the rest is not shown.
+    print(), flushed. Where the reader has gone away (… | head -1), the work goes on and the
+    rest is not shown.
     """
     try:
         print(*words, flush=True)
@@ -256,7 +325,7 @@ def _discard_output():
 
 
 def run(main, argv=None):
-    """Call main(argv). What a user can mend ends it with one line on stderr and exit status 1."""
+    """Call main(argv). An error that a user can mend is one line on stderr and exit status 1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows \xd7 for ×

@@ -4,24 +4,30 @@ attention.
 
     python eval.py --out_dir out
     python eval.py --out_dir out --lengths=1024,4096 --seeds=5 --data=data/other
+    python eval.py --out_dir out --compare=out/dense
 
-Prints tables, writes <out_dir>/eval.json and, where matplotlib is installed, <out_dir>/eval.png.
-Each part is printed and written as soon as it is done.
+Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. With
+matplotlib installed it draws two pictures into out_dir:
+    eval.png       needle retrieval, and the curves of the training
+    selection.png  where full attention would look and what the indexer selects, for one needle
 """
 import math
 import os
 import random
 import re
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from checkpoint import (check_dtype, check_vocabulary, find_data, load_model, precision, read_log,
                         use_device)
-from configurator import UserError, check_ranges, parse, replacing, run, say, to_json
+from configurator import UserError, check_ranges, duration, parse, replacing, run, say, to_json
 from data import Batches, Data, check_ids, open_tokenizer, passkey_line, random_passkey
+from pictures import draw_results, draw_selection, save_picture
 
 
 @dataclass
@@ -29,9 +35,11 @@ class EvalConfig:
     out_dir: str = "out"  # folder of the checkpoint; results go there too
     data: str = ""  # default: the data it was trained on
     tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
+
     # perplexity
     max_tokens: int = 0  # of val.bin; 0 = all
     stride: int = 0  # of the sliding window; 0 = half the context
+
     # needle retrieval
     # context lengths in tokens, "256,512"; default: a quarter, half and all of the context
     lengths: str = ""
@@ -39,17 +47,53 @@ class EvalConfig:
     seeds: int = 3
     samples: int = 10  # needles per length, depth and seed
     distractors: int = 9  # wrong keys that the right key is ranked among
+
+    # pictures
+    plot: bool = True
+    compare: str = ""  # out_dir of another run, whose training curves are drawn beside
+
     # system
     batch_size: int = 10
     device: str = ""  # default: cuda if there is one, else cpu
     dtype: str = ""  # float32 | bfloat16; default: bfloat16 on cuda
-    backend: str = "auto"  # path of kernels.py
-    plot: bool = True
+    backend: str = "auto"  # path of the attention: auto | torch | triton | eager
 
     def __post_init__(self):
         check_dtype(self.dtype)
         check_ranges(self, {(1, None): "depths seeds samples distractors batch_size",
                             (0, None): "max_tokens stride"})
+
+
+class Progress:
+    """
+    Shows how far a part is and the time left: a bar on a terminal; else, as in a log file, a line
+    at its beginning and another every 10 seconds.
+    """
+
+    def __init__(self, part, steps):
+        self.part = part
+        self.steps = steps
+        self.done = 0
+        self.bar = tqdm(total=steps, desc=part, leave=False, disable=None)  # None: no terminal
+        self.began = time.time()
+        self.shown = self.began
+        if self.bar.disable:
+            say(f"{part}: {steps} steps")
+
+    def step(self):
+        self.done += 1
+        self.bar.update()
+        now = time.time()
+        if self.bar.disable and now > self.shown + 10:
+            self.shown = now
+            left = (now - self.began) / self.done * (self.steps - self.done)
+            say(f"{self.part}: {self.done} of {self.steps} steps, {duration(left)} left")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -59,38 +103,44 @@ class EvalConfig:
 def perplexity(model, ids, separator, token_lengths, stride, batch_size, doc_mask=True,
                device="cpu"):
     """
-    Every token of ids but the first is predicted once, from a window of block_size tokens that
-    moves on by `stride`, so with at least block_size - stride tokens of context (fewer only at
-    the start of ids and of documents).
+    Predict every token of ids but the first, once, from windows of block_size tokens that begin
+    `stride` tokens apart. So a token has at least block_size - stride tokens of context; it has
+    fewer only at the start of ids and of documents.
     Returns loss (nats per token), perplexity, bits_per_byte (bytes of the predicted tokens) and
     tokens.
     """
+    # 1. windows, as (start, number of its predictions that earlier windows have made)
     T = min(model.config.block_size, len(ids) - 1)
-    starts = list(range(0, len(ids) - 1 - T, stride)) + [len(ids) - 1 - T]
-    # jobs: (start of a window, number of its predictions that earlier windows have made)
-    jobs, done = [], 0
-    for s in starts:
-        jobs.append((s, max(0, done - s)))
-        done = s + T
+    last = len(ids) - 1 - T
+    windows = []
+    predicted = 0
+    for start in [*range(0, last, stride), last]:
+        windows.append((start, max(0, predicted - start)))
+        predicted = start + T
+    # 2. the sum of the losses
     total = 0.0
-    for i in range(0, len(jobs), batch_size):
-        batch = jobs[i:i + batch_size]
-        rows = torch.stack([torch.from_numpy(ids[s:s + T + 1].astype(np.int64))
-                            for s, _ in batch]).to(device)
-        idx, targets = rows[:, :-1], rows[:, 1:].clone()
-        for row, (_, skip) in zip(targets, batch):
-            row[:skip] = -1
-        doc = (idx == separator).cumsum(1) if doc_mask else None
-        logits = model(idx, doc=doc, stats=False).logits
-        total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                                 ignore_index=-1, reduction="sum").item()
+    batches = [windows[i:i + batch_size] for i in range(0, len(windows), batch_size)]
+    with Progress("perplexity", len(batches)) as progress:
+        for batch in batches:
+            rows = [torch.from_numpy(ids[s:s + T + 1].astype(np.int64)) for s, _ in batch]
+            rows = torch.stack(rows).to(device)  # (B, T + 1)
+            idx = rows[:, :-1]  # (B, T)
+            targets = rows[:, 1:].clone()  # (B, T)
+            for row, (_, skip) in zip(targets, batch):
+                row[:skip] = -1
+            doc = (idx == separator).cumsum(1) if doc_mask else None
+            logits = model(idx, doc=doc, stats=False).logits  # (B, T, V)
+            total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                     ignore_index=-1, reduction="sum").item()
+            progress.step()
+    # 3. means
     n = len(ids) - 1
     n_bytes = int(token_lengths[ids[1:]].sum())
     loss = total / n
-    return dict(loss=loss,
-                perplexity=math.exp(loss) if loss < 700 else math.inf,  # exp(710) overflows
-                bits_per_byte=total / math.log(2) / n_bytes if n_bytes else math.inf,
-                tokens=n)
+    return {"loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp(710) overflows
+            "bits_per_byte": total / math.log(2) / n_bytes if n_bytes else math.inf,
+            "tokens": n}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,22 +148,23 @@ def perplexity(model, ids, separator, token_lengths, stride, batch_size, doc_mas
 
 def haystack(ids, tokenizer):
     """
-    The validation documents that hold no pass-key, one after the other without separators:
-    1-D array of ids.
+    The validation documents that hold no pass-key, joined without separators: 1-D array of ids.
     """
     ends = np.flatnonzero(ids == tokenizer.separator)
     docs = [ids[a:b] for a, b in zip(np.append(0, ends[:-1] + 1), ends)]
-    docs = [d for d in docs
-            if not re.search(r"^[A-Z]{2}=[a-z0-9]{4}$", tokenizer.decode(d[:4000]), re.M)]
+    passkey = re.compile(r"^[A-Z]{2}=[a-z0-9]{4}$", re.M)
+    docs = [d for d in docs if not passkey.search(tokenizer.decode(d[:4000]))]
     return np.concatenate(docs) if docs else ids[:0]
 
 
 def needle_prompt(hay, tokenizer, length, depth, n_answer, rng):
     """
-    `length` ids less n_answer: the haystack from a random place, the fact at `depth` (0 to 1), the
-    question. And the question's key.
-    Question, key and line end are encoded one by one: in a BPE vocabulary "=x4" may be one token,
-    and then the key would be told in other tokens than it is asked for and scored in.
+    A prompt of length - n_answer ids: text from a random place of the haystack, with a fact
+    ("\\nAB=x1y2\\n") inserted at `depth` (0 to 1), and its question ("\\nAB=").
+    Returns the ids, the key ("x1y2") and the fact's place, a slice.
+
+    Question, key and line end are encoded one by one. In a BPE vocabulary "=x4" may be one token;
+    then the fact would hold other tokens than the question and the answer.
     """
     name, key = random_passkey(rng)
     question = tokenizer.encode("\n" + passkey_line(name, "").rstrip("\n"))
@@ -124,77 +175,84 @@ def needle_prompt(hay, tokenizer, length, depth, n_answer, rng):
                         f"validation text and {length - room} for fact, question and answer; "
                         f"there are {len(hay)}")
     at = rng.randrange(len(hay) - room + 1)
-    text, cut = hay[at:at + room], round(depth * room)
-    return np.concatenate((text[:cut], fact, text[cut:], question)), key
+    text = hay[at:at + room]
+    cut = round(depth * room)
+    ids = np.concatenate((text[:cut], fact, text[cut:], question))
+    return ids, key, slice(cut, cut + len(fact))
+
+
+def longest_answer():
+    """The most tokens that a key may take: one per character."""
+    return len(random_passkey(random.Random())[1])
 
 
 @torch.no_grad()
 def score_keys(model, prompts, keys, device):
     """
-    prompts: list of n equally long id arrays.
-    keys: n lists of equally many id arrays, the right key first.
-    Returns log-likelihoods (n, K) and greedy (n,): whether argmax decoding would write the right
-    key. (It would exactly if every token of the key is the argmax after those before it, so the
-    pass that scores the keys also tells this.)
+    prompts: list of n id arrays of one length. keys: n lists of K id arrays, the right key first.
+    Returns log-likelihoods (n, K), and (n,) bool: would greedy decoding write the right key?
+    (It would exactly if every token of the key is the argmax after those before it. So the pass
+    that scores the keys also tells this.)
     """
+    # 1. the keys as rows, padded with -1
     n, K = len(keys), len(keys[0])
-    longest = max(len(k) for row in keys for k in row)
-    targets = torch.full((n * K, longest), -1, device=device)
-    for i, key in enumerate(k for row in keys for k in row):
-        targets[i, :len(key)] = torch.as_tensor(key.astype(np.int64))
-    idx = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device)
+    flat = [key for row in keys for key in row]
+    longest = max(len(key) for key in flat)
+    targets = torch.full((n * K, longest), -1, device=device)  # (n·K, longest)
+    for row, key in zip(targets, flat):
+        row[:len(key)] = torch.as_tensor(key.astype(np.int64))
+    # 2. each prompt once, then its K keys on copies of its cache
+    idx = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device)  # (n, T)
     cache = model.new_cache(n, idx.size(1) + longest)
-    first = model.trunk(idx, cache=cache)[0][:, -1:]  # (n, 1, C)
-    cache.repeat(K)
-    rest = (model.trunk(targets[:, :-1].clamp(min=0), cache=cache)[0] if longest > 1
-            else first[:, :0].repeat_interleave(K, 0))  # (n·K, longest - 1, C)
-    logits = model.head(
-        torch.cat((first.repeat_interleave(K, 0), rest), 1)).float()  # (n·K, longest, V)
-    likelihood = -F.cross_entropy(
-        logits.flatten(0, 1),
-        targets.flatten(),
-        ignore_index=-1,
-        reduction="none",
-    ).view(n, K, longest).sum(-1)  # (n, K)
-    right = ((logits.argmax(-1) == targets) | (targets < 0)).view(n, K, longest)[:, 0].all(-1)
-    return likelihood, right
+    x = model.trunk(idx, cache=cache)[0][:, -1:]  # (n, 1, C)
+    x = x.repeat_interleave(K, 0)  # (n·K, 1, C)
+    if longest > 1:
+        cache.repeat(K)
+        rest = model.trunk(targets[:, :-1].clamp(min=0), cache=cache)[0]  # (n·K, longest - 1, C)
+        x = torch.cat((x, rest), 1)  # (n·K, longest, C)
+    logits = model.head(x).float()  # (n·K, longest, V)
+    # 3. the scores
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                           reduction="none")  # (n·K·longest,)
+    likelihood = -loss.view(n, K, longest).sum(-1)  # (n, K)
+    right = (logits.argmax(-1) == targets) | (targets < 0)  # (n·K, longest)
+    return likelihood, right.view(n, K, longest)[:, 0].all(-1)
 
 
-def needle(model, hay, tokenizer, lengths, depths, seeds, samples, distractors, batch_size,
+def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batch_size,
            device="cpu"):
     """
-    Retrieval over a grid.
-    Returns a list of cells: length, depth, accuracy and accuracy_std (exact match of the generated
-    key, mean and standard deviation over seeds), rank and rank_std (of the right key among
-    1 + distractors, 1 is best).
+    Retrieval at one context length.
+    Returns a list of cells, one per depth: length, depth, accuracy and accuracy_std (exact match
+    of the generated key, mean and standard deviation over seeds), rank and rank_std (of the right
+    key among 1 + distractors, 1 is best).
     """
-    # the number of tokens that a key may take: at most one per character
-    n_answer = len(random_passkey(random.Random())[1])
     cells = []
-    for length in lengths:
+    with Progress(f"needle at {length} tokens", len(depths) * seeds) as progress:
         for depth in depths:
-            exact, ranks = [], []
+            exact, ranks = [], []  # one mean per seed
             for seed in range(seeds):
                 rng = random.Random(f"{seed} {length} {depth}")
-                hits, rank = [], []
+                hits, rank = [], []  # one value per needle
                 for i in range(0, samples, batch_size):
-                    made = [needle_prompt(hay, tokenizer, length, depth, n_answer, rng)
-                            for _ in range(min(batch_size, samples - i))]
-                    shortest = min(len(p) for p, _ in made)
-                    keys = [[key] + [random_passkey(rng)[1] for _ in range(distractors)]
-                            for _, key in made]
-                    likelihood, right = score_keys(
-                        model,
-                        [p[len(p) - shortest:] for p, _ in made],
-                        [[tokenizer.encode(k) for k in row] for row in keys],
-                        device)
+                    count = min(batch_size, samples - i)
+                    made = [needle_prompt(hay, tokenizer, length, depth, longest_answer(), rng)
+                            for _ in range(count)]
+                    shortest = min(len(ids) for ids, _, _ in made)
+                    prompts = [ids[len(ids) - shortest:] for ids, _, _ in made]
+                    keys = []
+                    for _, key, _ in made:
+                        wrong = [random_passkey(rng)[1] for _ in range(distractors)]
+                        keys.append([tokenizer.encode(k) for k in [key, *wrong]])
+                    likelihood, right = score_keys(model, prompts, keys, device)
                     hits += right.tolist()
                     rank += (1 + (likelihood[:, 1:] > likelihood[:, :1]).sum(1)).tolist()
                 exact.append(np.mean(hits))
                 ranks.append(np.mean(rank))
-            cells.append(dict(length=length, depth=depth,
-                              accuracy=float(np.mean(exact)), accuracy_std=float(np.std(exact)),
-                              rank=float(np.mean(ranks)), rank_std=float(np.std(ranks))))
+                progress.step()
+            cells.append({"length": length, "depth": depth,
+                          "accuracy": float(np.mean(exact)), "accuracy_std": float(np.std(exact)),
+                          "rank": float(np.mean(ranks)), "rank_std": float(np.std(ranks))})
     return cells
 
 
@@ -208,8 +266,51 @@ def attention(model, ids, separator, batch_size, doc_mask=True, device="cpu"):
     """
     batches = Batches(ids, model.config.block_size, batch_size, separator, 0, doc_mask)
     idx, _, doc = batches.evaluation(0, 1, device)
-    return {name: value.tolist()
-            for name, value in model(idx, doc=doc, stats=True).stats.items()}
+    with Progress("attention statistics", len(model.blocks)) as progress:
+        hooks = [block.register_forward_hook(lambda *_: progress.step()) for block in model.blocks]
+        stats = model(idx, doc=doc, stats=True).stats
+        for hook in hooks:
+            hook.remove()
+    return {name: value.tolist() for name, value in stats.items()}
+
+
+@torch.no_grad()
+def last_query(model, ids, device="cpu"):
+    """
+    What the last token of a prompt attends to: a list of (mass, selected), one pair per layer.
+    mass (T,): what full attention would give each key, mean over the heads.
+    selected (T,) bool: the keys that the indexer selects.
+    """
+    seen = []
+
+    def keep_inputs(attn, inputs):
+        seen.append((attn, *inputs))
+    hooks = [block.attn.register_forward_pre_hook(keep_inputs) for block in model.blocks]
+    model.trunk(torch.from_numpy(ids.astype(np.int64))[None].to(device))
+    for hook in hooks:
+        hook.remove()
+    layers = []
+    for attn, h, visible in seen:
+        mass, selected = attn.attended(h, visible)  # (1, T, T) each
+        layers.append((mass[0, -1].cpu().numpy(), selected[0, -1].cpu().numpy()))
+    return layers
+
+
+def needle_selection(model, hay, tokenizer, lengths, device="cpu"):
+    """
+    last_query of a prompt with a needle in its middle, at the first of the lengths at which some
+    layer selects fewer keys than there are. Returns the layers, the needle's place (a slice) and
+    the prompt. Raises UserError where there is nothing to see.
+    """
+    if not model.config.sparse:
+        raise UserError("this model has no indexer")
+    for length in sorted(lengths):
+        ids, _, place = needle_prompt(hay, tokenizer, length, 0.5, longest_answer(),
+                                      random.Random(0))
+        layers = last_query(model, ids, device)
+        if any(not selected.all() for _, selected in layers):
+            return layers, place, ids
+    raise UserError("at none of the needle's lengths has the indexer to leave out keys")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,51 +342,32 @@ def print_attention(stats):
         say(f"{layer:7}  " + "".join(f"{stats[n][layer]:16.3f}" for n in names))
 
 
-def plot(result, path):
-    """Heat map of the needle grid and curves of the training log, as PNG."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    cells = result["needle"]
-    lengths, depths = sorted({c["length"] for c in cells}), sorted({c["depth"] for c in cells})
-    if cells:
-        # one row per depth, one column per length
-        grid = np.array([
-            [next(c["accuracy"] for c in cells if (c["length"], c["depth"]) == (n, d))
-             for n in lengths]
-            for d in depths])
-        fig.colorbar(left.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto"),
-                     label="exact match")
-        for (i, j), value in np.ndenumerate(grid):
-            left.text(j, i, f"{value:.2f}", ha="center", va="center")
-        left.set(xlabel="context length (tokens)", ylabel="depth of the needle",
-                 title="needle retrieval")
-        left.set_xticks(range(len(lengths)), lengths)
-        left.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
-    log = [r for r in result["log"] if r.get("kind") == "train"]
-    for name in ("loss", "index_loss", "recall"):
-        if log and name in log[0]:
-            values = [r[name] if type(r.get(name)) is float else math.nan for r in log]
-            right.plot([r["step"] for r in log], values, label=name.replace("_", " "))
-    right.set(xlabel="step", title="training", ylim=(0, None))
-    right.grid(alpha=0.3)
-    right.legend()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
 def needle_lengths(cfg, T):
     """The context lengths of the needle, in tokens, from cfg.lengths and the model's context T."""
-    try:
-        lengths = ([int(n) for n in cfg.lengths.split(",")] if cfg.lengths
-                   else [max(1, T // 4), max(1, T // 2), T])
-    except ValueError:
-        raise UserError(f"lengths {cfg.lengths!r} is not a list like 256,512") from None
+    lengths = [max(1, T // 4), max(1, T // 2), T]
+    if cfg.lengths:
+        try:
+            lengths = [int(n) for n in cfg.lengths.split(",")]
+        except ValueError:
+            raise UserError(f"lengths {cfg.lengths!r} is not a list like 256,512") from None
     if max(lengths) > T or min(lengths) < 1 or cfg.stride > T:
         raise UserError(f"lengths {lengths} and stride {cfg.stride} must lie in "
                         f"the model's context, 1 to {T}")
     return lengths
+
+
+def training_logs(cfg):
+    """{folder: records of its log.jsonl} of the run and of the one to compare it with."""
+    folders = [cfg.out_dir]
+    if cfg.compare:
+        folders.append(cfg.compare)
+    logs = {}
+    for folder in folders:
+        records = read_log(os.path.join(folder, "log.jsonl"))
+        logs[folder] = [record for record, _ in records]
+    if cfg.compare and not logs[cfg.compare]:
+        raise UserError(f"compare: there is no log in {cfg.compare}/log.jsonl")
+    return logs
 
 
 def summarize(result):
@@ -306,8 +388,7 @@ def summarize(result):
 
 def evaluate(cfg):
     """
-    Run everything on cfg.out_dir's checkpoint; returns the result dict, and writes it after each
-    part.
+    Measure cfg.out_dir's checkpoint. Returns the result dict; eval.json is written after each part.
     """
     # 1. what can be refused is refused before anything is measured
     device = use_device(cfg.device)
@@ -320,6 +401,7 @@ def evaluate(cfg):
     T = model.config.block_size
     stride = cfg.stride or max(1, T // 2)
     lengths = needle_lengths(cfg, T)
+    logs = training_logs(cfg)
     ids = data.val[:cfg.max_tokens] if cfg.max_tokens else data.val
     if len(ids) < 2:
         raise UserError(f"{path} and max_tokens {cfg.max_tokens} leave nothing to predict")
@@ -342,10 +424,11 @@ def evaluate(cfg):
         # 3. needle
         hay = haystack(np.asarray(data.val), tokenizer)
         depths = [i / max(1, cfg.depths - 1) for i in range(cfg.depths)]
-        cells, skipped = [], {}
+        cells = []
+        skipped = {}
         for length in lengths:
             try:
-                cells += needle(model, hay, tokenizer, [length], depths, cfg.seeds, cfg.samples,
+                cells += needle(model, hay, tokenizer, length, depths, cfg.seeds, cfg.samples,
                                 cfg.distractors, cfg.batch_size, device)
             except UserError as e:  # the needle does not fit: length or validation text too short
                 skipped[length] = str(e)
@@ -359,15 +442,20 @@ def evaluate(cfg):
         except UserError as e:  # fewer validation tokens than one window
             keep(attention_skipped=str(e))
             say(f"\nattention skipped: {e}")
-    # 5. summary and picture
-    say("\nsummary  " + "   ".join(f"{k.replace('_', ' ')} {v:.3f}"
-                                   for k, v in result["summary"].items()))
-    if cfg.plot:
-        log = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
-        try:
-            plot({**result, "log": log}, os.path.join(cfg.out_dir, "eval.png"))
-        except ImportError:
-            say("no eval.png: matplotlib is not installed (pip install -r requirements-extra.txt)")
+        # 5. summary and pictures
+        say("\nsummary  " + "   ".join(f"{name.replace('_', ' ')} {value:.3f}"
+                                       for name, value in result["summary"].items()))
+        if cfg.plot:
+            warmup_end = trained.get("index_warmup_iters", 0) if model.config.sparse else 0
+            save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, logs,
+                         warmup_end)
+            try:
+                fitting = [n for n in lengths if n not in skipped]
+                layers, place, _ = needle_selection(model, hay, tokenizer, fitting, device)
+                save_picture(os.path.join(cfg.out_dir, "selection.png"), draw_selection, layers,
+                             place)
+            except UserError as e:
+                say(f"no selection.png: {e}")
     return result
 
 

@@ -280,6 +280,24 @@ class Attention(nn.Module):
         return self.wo(o), index_loss, stats
 
     @torch.no_grad()
+    def attended(self, h, visible):
+        """
+        Where full attention would look, and what the indexer selects. For pictures: O(T·S) memory.
+        h (B, T, C) -> mass (B, T, S), full attention's mean over the heads; selected (B, T, S) bool.
+        """
+        B, T, _ = h.shape
+        H, G, d = self.config.n_head, self.config.n_kv_head, self.config.d_head
+        cos, sin = self.cos[visible.pos], self.sin[visible.pos]
+        q = rope(self.wq(h).view(B, T, H, d), cos, sin)  # (B, T, H, d)
+        k = rope(self.wk(h).view(B, T, G, d), cos, sin)  # (B, S, G, d)
+        k = k.repeat_interleave(H // G, 2)  # (B, S, H, d)
+        s = torch.einsum("bthd,bshd->bhts", q, k).float() / math.sqrt(d)  # (B, H, T, S)
+        s = s.masked_fill(~visible.mask()[:, None], -math.inf)  # (B, H, T, S)
+        index = self.indexer(h, visible.pos)
+        selection = kernels.select(index, visible, self.indexer.budget(), self.backend)
+        return s.softmax(-1).mean(1), selection.mask()
+
+    @torch.no_grad()
     def stats(self, q, k, visible, selection, warmup, gates):
         """
         What the layer did, each (): k_t, var_ratio (Var/V̄), recall, recall_best and first_token of

@@ -27,7 +27,7 @@ class SampleConfig:
     seed: int = 1337
     device: str = ""  # default: cuda if there is one, else cpu
     dtype: str = ""  # float32 | bfloat16; default: bfloat16 on cuda
-    backend: str = "auto"  # path of kernels.py
+    backend: str = "auto"  # path of the attention: auto | torch | triton | eager
     tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
 
     def __post_init__(self):
@@ -38,27 +38,33 @@ class SampleConfig:
             raise UserError("top_p is 0.0, must be above 0: 1 is off")
 
 
+def read_prompt(start):
+    """The text of cfg.start, or of the file that it names; what is not UTF-8 becomes U+FFFD."""
+    if start.startswith("FILE:"):
+        path = start[len("FILE:"):]
+        try:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                return f.read()
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
+        except ValueError as e:  # a NUL in the name
+            raise UserError(f"cannot read {path}: {e}") from None
+    try:  # a terminal may pass any bytes, which Python keeps as surrogates
+        raw = start.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # other surrogates, from a config file
+        raw = start.encode("utf-8", "surrogatepass")
+    return raw.decode("utf-8", "replace")
+
+
 def sample(cfg, out=sys.stdout):
     """
-    Write num_samples continuations to out; each ends at its document's end, max_new_tokens or the
-    context's end.
+    Write num_samples continuations to out. Each ends with its document, after max_new_tokens, or
+    where the context is full.
     """
     device = use_device(cfg.device)
     model, checkpoint = load_model(cfg.out_dir, device, cfg.backend)
     tokenizer = open_tokenizer(checkpoint["meta"], cfg.tokenizer)
-    text = cfg.start
-    if text.startswith("FILE:"):
-        try:
-            with open(text[5:], encoding="utf-8", errors="replace") as f:
-                text = f.read()
-        except (OSError, ValueError) as e:  # ValueError: a NUL in the name
-            raise UserError(f"cannot read {text[5:]}: "
-                            f"{getattr(e, 'strerror', None) or e}") from None
-    try:  # a terminal may pass any bytes, which Python keeps as surrogates
-        raw = text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # other surrogates, from a config file
-        raw = text.encode("utf-8", "surrogatepass")
-    text = raw.decode("utf-8", "replace")
+    text = read_prompt(cfg.start)
     prompt = [tokenizer.separator]  # a document starts at a separator
     if text:
         prompt += tokenizer.encode(text).tolist()

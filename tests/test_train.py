@@ -15,32 +15,60 @@ import pytest
 import torch
 
 import eval as evaluation
+import kernels
+import optim
+import pictures
 import prepare
 import sample as sampling
 import train
 from checkpoint import load_checkpoint, load_model, load_retrofit
 from configurator import UserError
 from conftest import ROOT
-from model import ARMS, GSA, GSAConfig
 from data import Batches, Data, Tokenizer
+from model import ARMS, GSA, GSAConfig, rope
 
-TINY = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64, n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16, batch_size=2,
-            index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3, eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
+TINY = dict(
+    n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
+    n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16,
+    batch_size=2, index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3,
+    eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
+SEPARATOR = 256  # of the byte tokenizer
+VOCAB = 257
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=120_000, num_proc=1, val_fraction=0.15, data_dir=str(folder)))
+    prepare.prepare(prepare.PrepareConfig(
+        dataset="demo", num_tokens=120_000, num_proc=1, val_fraction=0.15, data_dir=str(folder)))
     return str(folder / "demo")
 
 
 def config(data, out_dir, arm="gsa", **settings):
-    return train.TrainConfig.arm(arm, **TINY | dict(data=data, out_dir=str(out_dir), attention=arm) | settings)
+    paths = dict(data=data, out_dir=str(out_dir), attention=arm)
+    return train.TrainConfig.arm(arm, **TINY | paths | settings)
 
 
 def log(out_dir, kind="train"):
-    return [r for r in map(json.loads, open(os.path.join(out_dir, "log.jsonl"))) if r["kind"] == kind]
+    """The records of one kind of a run's log.jsonl."""
+    with open(os.path.join(out_dir, "log.jsonl")) as f:
+        records = [json.loads(line) for line in f]
+    return [r for r in records if r["kind"] == kind]
+
+
+def resume(out_dir, *flags):
+    train.main(["--init_from=resume", f"--out_dir={out_dir}", *flags])
+
+
+def fresh_model(data, arm):
+    """An untrained double-precision model of the arm, in eval mode."""
+    torch.manual_seed(0)
+    return GSA(config(data, "", arm).model_config(VOCAB)).double().eval()
+
+
+def quick_evaluation(out_dir, **settings):
+    few = dict(max_tokens=200, samples=1, seeds=1, depths=1, lengths="64")
+    return evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out_dir), **few | settings))
 
 
 # ---- batches
@@ -51,7 +79,8 @@ def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
         idx, targets, doc = batches.train(m, "cpu")
         short = batches.train(m, "cpu", 16)
         assert all(x.shape == (12, 16) for x in short)
-        assert torch.equal(short[0].view(3, 64), idx) and torch.equal(short[1].view(3, 64), targets)
+        assert torch.equal(short[0].view(3, 64), idx)
+        assert torch.equal(short[1].view(3, 64), targets)
         assert torch.equal(short[2].diff(dim=1), (idx == 256).view(12, 16)[:, 1:].long())
     with pytest.raises(ValueError, match="not a multiple of short_block"):
         config(data, tmp_path, short_iters=1, short_block=48)
@@ -59,25 +88,33 @@ def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
 
 def test_every_epoch_of_every_seed_has_an_order_of_its_own():
     """Seed 1 in its second epoch must not repeat seed 2 in its first."""
-    orders = [tuple(Batches(np.arange(701, dtype=np.uint16), 7, 1, 0, seed).order(epoch)) for seed in range(4) for epoch in range(4)]
+    ids = np.arange(701, dtype=np.uint16)
+    orders = []
+    for seed in range(4):
+        batches = Batches(ids, 7, 1, 0, seed)
+        orders += [tuple(batches.order(epoch)) for epoch in range(4)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len(set(orders)) == 16
 
 
 def test_every_window_once_per_epoch_and_nothing_else():
     T, B = 7, 3
-    batches = Batches(np.arange(7 * 31 + 4, dtype=np.uint16), T, B, separator=14, seed=5, doc_mask=True)
+    ids = np.arange(7 * 31 + 4, dtype=np.uint16)
+    batches = Batches(ids, T, B, separator=14, seed=5, doc_mask=True)
     assert batches.n == 31
     starts = []
     for m in range(31):  # 31 micro-batches of 3: three epochs
         idx, targets, doc = batches.train(m, "cpu")
-        assert torch.equal(idx[:, 1:], targets[:, :-1]) and torch.equal(targets[:, -1], idx[:, 0] + T)
+        assert torch.equal(idx[:, 1:], targets[:, :-1])
+        assert torch.equal(targets[:, -1], idx[:, 0] + T)
         assert torch.equal(doc, (idx == 14).cumsum(1))
         starts += (idx[:, 0] // T).tolist()
     epochs = [starts[i:i + 31] for i in (0, 31, 62)]
-    assert all(sorted(e) == list(range(31)) for e in epochs) and epochs[0] != epochs[1]
-    again = Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
-    assert torch.equal(again[0], batches.train(17, "cpu")[0]) and again[2] is None
+    assert all(sorted(e) == list(range(31)) for e in epochs)
+    assert epochs[0] != epochs[1]
+    idx, _, doc = Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
+    assert torch.equal(idx, batches.train(17, "cpu")[0])
+    assert doc is None
 
 
 # ---- runs
@@ -95,69 +132,95 @@ def interrupt_at_checkpoint(monkeypatch, cfg):
             train.train(cfg)
 
 
-@pytest.mark.parametrize("arm,muon", [("dense", False), ("gsa", False), ("gsa", True)])
-def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(data, tmp_path, monkeypatch, arm, muon):
-    settings = dict(max_iters=8, eval_interval=3, grad_accum=2, muon=muon, short_iters=5, short_block=32)
-    train.train(config(data, tmp_path / "whole", arm, **settings))
-    interrupt_at_checkpoint(monkeypatch, config(data, tmp_path / "cut", arm, **settings))
-    with open(tmp_path / "cut/log.jsonl", "a") as f:
-        f.write('{"kind": "train", "step": 4, "loss": 0}\n{"half a line')  # logged after the checkpoint, then the power went
-    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"])
-    with pytest.raises(UserError, match=f"muon {muon} → {not muon}"):
-        train.main(["--init_from=resume", f"--out_dir={tmp_path / 'cut'}", f"--muon={not muon}"])
+def without_times(records):
     keys = ("step", "loss", "index_loss", "recall", "k_t", "lr")
-    for kind in ("train", "eval"):
-        a, b = ([{k: r[k] for k in keys if k in r} for r in log(tmp_path / d, kind)] for d in ("whole", "cut"))
-        assert a == b and len(a) == {"train": 8, "eval": 3}[kind]
-    a, b = (load_checkpoint(str(tmp_path / d)) for d in ("whole", "cut"))
+    return [{k: r[k] for k in keys if k in r} for r in records]
+
+
+@pytest.mark.parametrize("arm,muon", [("dense", False), ("gsa", False), ("gsa", True)])
+def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+        data, tmp_path, monkeypatch, arm, muon):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = dict(max_iters=8, eval_interval=3, grad_accum=2, muon=muon,
+                    short_iters=5, short_block=32)
+    train.train(config(data, whole, arm, **settings))
+    interrupt_at_checkpoint(monkeypatch, config(data, cut, arm, **settings))
+    with open(cut / "log.jsonl", "a") as f:  # logged after the checkpoint, then the power went
+        f.write('{"kind": "train", "step": 4, "loss": 0}\n{"half a line')
+    resume(cut)
+    with pytest.raises(UserError, match=f"muon {muon} → {not muon}"):
+        resume(cut, f"--muon={not muon}")
+    for kind, count in (("train", 8), ("eval", 3)):
+        expected = without_times(log(whole, kind))
+        assert expected == without_times(log(cut, kind))
+        assert len(expected) == count
+    a = load_checkpoint(str(whole))
+    b = load_checkpoint(str(cut))
     assert a["step"] == b["step"] == 8
     assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
 
 
 def test_phases_and_checkpoint(data, tmp_path):
-    """Warm-up then sparse; the checkpoint alone is enough to load the model, sample from it and evaluate it."""
+    """
+    Warm-up then sparse. The checkpoint alone is enough to load the model, sample from it and
+    evaluate it.
+    """
     metrics = train.train(config(data, tmp_path, max_iters=5))
     assert [r["phase"] for r in log(tmp_path)] == ["warm-up"] * 3 + ["sparse"] * 2
-    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2) / Data(data).meta["val"]["bytes"] * Data(data).meta["val"]["tokens"])
-    assert json.load(open(tmp_path / "config.json"))["n_embd"] == 32
+    meta = Data(data).meta["val"]
+    bits = metrics["loss"] / math.log(2)
+    assert metrics["bits_per_byte"] == pytest.approx(bits / meta["bytes"] * meta["tokens"])
+    assert json.loads((tmp_path / "config.json").read_text())["n_embd"] == 32
     model, checkpoint = load_model(str(tmp_path))
-    assert checkpoint["step"] == 5 and all(b.attn.indexer.var_avg > 0 for b in model.blocks)
+    assert checkpoint["step"] == 5
+    assert all(b.attn.indexer.var_avg > 0 for b in model.blocks)
     out = io.StringIO()
-    sampling.sample(sampling.SampleConfig(out_dir=str(tmp_path), start="import ", num_samples=2, max_new_tokens=12), out)
+    how = sampling.SampleConfig(out_dir=str(tmp_path), start="import ", num_samples=2,
+                                max_new_tokens=12)
+    sampling.sample(how, out)
     assert out.getvalue().count("import ") == 2
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_muon_is_torchs_to_the_accuracy_of_bfloat16(shape):
-    """Ten steps from the same gradients; and an orthogonalised matrix has singular values near 1."""
-    start, grads = torch.randn(shape), [torch.randn(shape) for _ in range(10)]
-    ends = []
-    for make in (lambda p: train.Muon([p], 0.02), lambda p: torch.optim.Muon([p], 0.02, adjust_lr_fn="match_rms_adamw")):
+    """Ten steps from the same gradients. Orthogonal means: singular values near 1."""
+    start = torch.randn(shape)
+    grads = [torch.randn(shape) for _ in range(10)]
+
+    def end(optimizer_class, **options):
         p = torch.nn.Parameter(start.clone())
-        optimizer = make(p)
+        optimizer = optimizer_class([p], 0.02, **options)
         for g in grads:
             p.grad = g.clone()
             optimizer.step()
-        ends.append(p.detach())
-    assert (ends[0] - ends[1]).norm() < 0.02 * (ends[1] - start).norm()
-    values = torch.linalg.svdvals(train.orthogonal(grads[0]))
+        return p.detach()
+    ours = end(optim.Muon)
+    torchs = end(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    assert (ours - torchs).norm() < 0.02 * (torchs - start).norm()
+    values = torch.linalg.svdvals(optim.orthogonal(grads[0]))
     assert 0.3 < values.min() and values.max() < 1.3
 
 
 def worker(rank, world, rendezvous, data, out):
     torch.set_num_threads(1)
     if world > 1:
-        torch.distributed.init_process_group("gloo", f"file://{rendezvous}", timedelta(seconds=60), world, rank)
+        torch.distributed.init_process_group("gloo", f"file://{rendezvous}",
+                                             timedelta(seconds=60), world, rank)
     results = gradients(rank, world, data)
     if rank == 0:
         torch.save(results, out)
     if world > 1:
-        torch.distributed.destroy_process_group()  # last: where DDP's reducer outlives it, freeing gloo's threads can deadlock on the GIL
+        # Last: where DDP's reducer outlives the group, freeing gloo's threads can deadlock on
+        # the GIL.
+        torch.distributed.destroy_process_group()
 
 
 def gradients(rank, world, data):
+    """Gradients and V̄ after four micro-batches, shared out among the ranks."""
     model, batches = ready(data)
-    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    wrapped = model
+    if world > 1:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     for micro in range(4 // world):
         wrapped.require_backward_grad_sync = micro == 4 // world - 1
         idx, targets, doc = batches.train(micro * world + rank, "cpu")
@@ -170,36 +233,42 @@ def gradients(rank, world, data):
 def ready(data):
     torch.manual_seed(1)
     dims = {k: v for k, v in TINY.items() if k in GSAConfig.__dataclass_fields__}
-    ids = Data(data)
-    return GSA(GSAConfig.arm("gsa", vocab_size=257, **dims)).double().train(), Batches(ids.train, 64, 2, 256, 0, True)
+    model = GSA(GSAConfig.arm("gsa", vocab_size=VOCAB, **dims)).double().train()
+    return model, Batches(Data(data).train, 64, 2, SEPARATOR, 0, True)
 
 
 def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     for world in (1, 2):
-        ranks = torch.multiprocessing.spawn(worker, (world, tmp_path / "rendezvous", data, tmp_path / f"{world}.pt"), world, join=False, daemon=True)
+        args = (world, tmp_path / "rendezvous", data, tmp_path / f"{world}.pt")
+        ranks = torch.multiprocessing.spawn(worker, args, world, join=False, daemon=True)
         assert any(ranks.join(timeout=60) for _ in range(world)), "the ranks hang"
-    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
+    one = torch.load(tmp_path / "1.pt", weights_only=True)
+    two = torch.load(tmp_path / "2.pt", weights_only=True)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_torchrun(data, tmp_path):
-    """The command line, with two gloo ranks: the losses of one process with the same total batch."""
-    cfg = config(data, tmp_path / "one", grad_accum=2, max_iters=4)
-    train.train(cfg)
-    args = [f"--{k}={v}" for k, v in TINY.items()] + [f"--data={data}", f"--out_dir={tmp_path / 'two'}", "--grad_accum=2", "--max_iters=4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(ROOT / "train.py")]
+    """The command line, with two gloo ranks: the losses of one process with the same batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.train(config(data, one, grad_accum=2, max_iters=4))
     env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    done = subprocess.run(command + args, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3) and a["index_loss"] == pytest.approx(b["index_loss"], abs=2e-2)
-    resume = ["--init_from=resume", f"--out_dir={tmp_path / 'two'}", "--max_iters=6"]
-    done = subprocess.run(command + resume, env=env, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert [r["step"] for r in log(tmp_path / "two")] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in log(tmp_path / "two", "eval")] == [4, 6]
+
+    def torchrun(*args):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                    f"--master_port={free_port()}"]
+        done = subprocess.run([*launcher, str(ROOT / "train.py"), f"--out_dir={two}", *args],
+                              env=env, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+    tiny = [f"--{k}={v}" for k, v in TINY.items()]
+    torchrun(*tiny, f"--data={data}", "--grad_accum=2", "--max_iters=4")
+    for a, b in zip(log(one), log(two), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+        assert a["index_loss"] == pytest.approx(b["index_loss"], abs=2e-2)
+    torchrun("--init_from=resume", "--max_iters=6")
+    assert [r["step"] for r in log(two)] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in log(two, "eval")] == [4, 6]
 
 
 def free_port():
@@ -217,23 +286,32 @@ def test_compile_trains_the_same(data, tmp_path):
 
 
 def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
-    """It starts as the dense model was, trains the indexer alone in warm-up, and everything after."""
+    """It starts as the dense model was, trains the indexer alone in warm-up, then everything."""
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
-    settings = dict(retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3, learning_rate=3e-3)
+    settings = dict(retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3,
+                    learning_rate=3e-3)
     dense, _ = load_model(str(tmp_path / "dense"))
-    model = GSA(config(data, "", **settings).model_config(257)).eval()
+    model = GSA(config(data, "", **settings).model_config(VOCAB)).eval()
     load_retrofit(model, str(tmp_path / "dense"))
-    idx = torch.randint(0, 257, (2, 64))
-    torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits, atol=0.02, rtol=0.02)
-    states = []
-    for steps in (3, 5):
-        train.train(config(data, tmp_path / str(steps), max_iters=steps, **settings))
-        states.append(load_checkpoint(str(tmp_path / str(steps)))["model"])
-    changed = lambda s: {n for n, p in s.items() if ".indexer." not in n and not torch.equal(p, model.state_dict()[n])}
-    assert not changed(states[0]) and changed(states[1]) == {n for n in states[1] if ".indexer." not in n}
-    assert any(not torch.equal(states[0][n], model.state_dict()[n]) for n in states[0] if "indexer.wq" in n)
-    train.main(["--init_from=resume", f"--out_dir={tmp_path / '3'}", "--max_iters=5", "--index_warmup_iters=5"])
-    assert not changed(load_checkpoint(str(tmp_path / "3"))["model"])
+    idx = torch.randint(0, VOCAB, (2, 64))
+    torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits,
+                               atol=0.02, rtol=0.02)
+
+    def trained(out_dir):
+        """The weights in a checkpoint, and those that differ from the start, indexer aside."""
+        weights = load_checkpoint(str(out_dir))["model"]
+        changed = {n for n, p in weights.items() if not torch.equal(p, model.state_dict()[n])}
+        return weights, {n for n in changed if ".indexer." not in n}
+    train.train(config(data, tmp_path / "3", max_iters=3, **settings))
+    train.train(config(data, tmp_path / "5", max_iters=5, **settings))
+    weights, changed = trained(tmp_path / "3")
+    assert not changed
+    queries = [n for n in weights if "indexer.wq" in n]
+    assert any(not torch.equal(weights[n], model.state_dict()[n]) for n in queries)
+    weights, changed = trained(tmp_path / "5")
+    assert changed == {n for n in weights if ".indexer." not in n}
+    resume(tmp_path / "3", "--max_iters=5", "--index_warmup_iters=5")
+    assert not trained(tmp_path / "3")[1]
     with pytest.raises(UserError, match="does not fit"):
         train.train(config(data, tmp_path / "x", n_layer=3, max_iters=1, **settings))
 
@@ -242,16 +320,22 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
 
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
-    torch.manual_seed(0)
-    model = GSA(config(data, "", arm).model_config(257)).double().eval()
+    model = fresh_model(data, arm)
     val, stride, T = Data(data).val[:331], 20, 64
-    got = evaluation.perplexity(model, val, 256, Tokenizer("bytes").token_lengths, stride, batch_size=3)
-    total, ids = 0.0, torch.from_numpy(val.astype(np.int64))
+    token_lengths = Tokenizer("bytes").token_lengths
+    got = evaluation.perplexity(model, val, SEPARATOR, token_lengths, stride, batch_size=3)
+    total = 0.0
+    ids = torch.from_numpy(val.astype(np.int64))
     for target in range(1, len(ids)):  # one at a time: the first window that reaches the target
-        start = 0 if target <= T else min(-(-(target - T) // stride) * stride, len(ids) - 1 - T)
+        start = 0
+        if target > T:
+            start = min(-(-(target - T) // stride) * stride, len(ids) - 1 - T)
         window = ids[start:target][None]
-        total -= model(window, doc=(window == 256).cumsum(1), stats=False).logits[0, -1].log_softmax(-1)[ids[target]].item()
-    assert got["tokens"] == 330 and got["loss"] == pytest.approx(total / 330, rel=1e-6)
+        doc = (window == SEPARATOR).cumsum(1)
+        log_p = model(window, doc=doc, stats=False).logits[0, -1].log_softmax(-1)
+        total -= log_p[ids[target]].item()
+    assert got["tokens"] == 330
+    assert got["loss"] == pytest.approx(total / 330, rel=1e-6)
     n_bytes = int((val[1:] < 256).sum())
     assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
     assert got["perplexity"] == pytest.approx(math.exp(total / 330), rel=1e-6)
@@ -260,19 +344,23 @@ def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
 def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
     tokenizer, ids = Tokenizer("bytes"), np.asarray(Data(data).val)
     hay = evaluation.haystack(ids, tokenizer)
-    assert 0 < len(hay) < len(ids) and not re.search(rb"^[A-Z]{2}=[a-z0-9]{4}$", bytes(hay.astype(np.uint8).tolist()), re.M)
+    assert 0 < len(hay) < len(ids)
+    text = bytes(hay.astype(np.uint8).tolist())
+    assert not re.search(rb"^[A-Z]{2}=[a-z0-9]{4}$", text, re.M)
     for depth in (0, 0.25, 1):
-        prompt, key = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4, random.Random(1))
+        prompt, key, place = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4,
+                                                      random.Random(1))
         text = tokenizer.decode(prompt)
-        assert len(prompt) == 296 and text.count(f"={key}\n") == 1
+        assert len(prompt) == 296
+        assert text.count(f"={key}\n") == 1
         name = text.rsplit("\n", 1)[1]
+        assert tokenizer.decode(prompt[place]) == f"\n{name}{key}\n"
         assert text.index(f"{name}{key}\n") == pytest.approx(depth * (296 - 9 - 4), abs=2)
 
 
 @pytest.mark.parametrize("arm", ["dense", "gsa"])
 def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
-    torch.manual_seed(0)
-    model = GSA(config(data, "", arm).model_config(257)).double().eval()
+    model = fresh_model(data, arm)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, 50) for _ in range(3)]
     greedy = model.generate([torch.tensor(p) for p in prompts], 4, temperature=0)
@@ -285,15 +373,19 @@ def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
         for j, key in enumerate(row):
             ids = torch.tensor(np.concatenate((prompts[i], key)))[None]
             log_p = model(ids, stats=False).logits[0, 49:-1].log_softmax(-1)
-            assert likelihood[i, j].item() == pytest.approx(log_p[range(len(key)), key].sum().item(), rel=1e-6)
+            expected = log_p[range(len(key)), key].sum().item()
+            assert likelihood[i, j].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_evaluate_end_to_end(data, tmp_path, capsys):
     train.train(config(data, tmp_path, max_iters=2))
-    result = evaluation.evaluate(evaluation.EvalConfig(out_dir=str(tmp_path), max_tokens=500, samples=2, seeds=2, depths=2, lengths="48,64"))
-    assert {(c["length"], c["depth"]) for c in result["needle"]} == {(48, 0.0), (48, 1.0), (64, 0.0), (64, 1.0)}
-    assert set(result["attention"]) >= {"first_token", "value_gate", "output_gate", "max_activation", "k_t", "recall", "var_ratio"}
-    assert json.load(open(tmp_path / "eval.json"))["summary"] == result["summary"]
+    result = quick_evaluation(tmp_path, max_tokens=500, samples=2, seeds=2, depths=2,
+                              lengths="48,64")
+    cells = {(c["length"], c["depth"]) for c in result["needle"]}
+    assert cells == {(48, 0.0), (48, 1.0), (64, 0.0), (64, 1.0)}
+    assert set(result["attention"]) >= {"first_token", "value_gate", "output_gate",
+                                        "max_activation", "k_t", "recall", "var_ratio"}
+    assert json.loads((tmp_path / "eval.json").read_text())["summary"] == result["summary"]
     printed = capsys.readouterr().out
     assert "bits/byte" in printed and "summary" in printed
     assert (tmp_path / "eval.png").exists() or "matplotlib is not installed" in printed
@@ -302,6 +394,97 @@ def test_evaluate_end_to_end(data, tmp_path, capsys):
 def test_without_matplotlib_the_rest_runs(data, tmp_path, capsys, monkeypatch):
     train.train(config(data, tmp_path, "dense", max_iters=1))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    evaluation.evaluate(evaluation.EvalConfig(out_dir=str(tmp_path), max_tokens=200, samples=1, seeds=1, depths=1, lengths="64"))
+    quick_evaluation(tmp_path)
     assert "no eval.png: matplotlib is not installed" in capsys.readouterr().out
-    assert (tmp_path / "eval.json").exists() and not (tmp_path / "eval.png").exists()
+    assert (tmp_path / "eval.json").exists()
+    assert not (tmp_path / "eval.png").exists()
+
+
+def test_the_pictures_are_drawn(data, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run, other = tmp_path / "run", tmp_path / "other"
+    train.train(config(data, run, max_iters=4))
+    train.train(config(data, other, "dense", max_iters=4))
+    quick_evaluation(run, compare=str(other))
+    for name in ("eval.png", "selection.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert "no selection.png" not in capsys.readouterr().out
+    quick_evaluation(other)
+    assert "no selection.png: this model has no indexer" in capsys.readouterr().out
+    assert not (other / "selection.png").exists()
+    with pytest.raises(UserError, match="there is no log in"):
+        quick_evaluation(run, compare=str(tmp_path / "none"))
+
+
+def test_training_curves_show_both_runs_validation_and_the_change_of_phase(data, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    run, other = str(tmp_path / "run"), str(tmp_path / "other")
+    train.train(config(data, run, max_iters=4))
+    train.train(config(data, other, "dense", max_iters=4))
+    logs = evaluation.training_logs(evaluation.EvalConfig(out_dir=run, compare=other))
+    figure = pictures.draw_results(plt, [], logs, 3)
+    lines = {line.get_label(): line for line in figure.axes[1].get_lines()}
+    for folder in (run, other):
+        for kind, label in (("train", "loss"), ("eval", "validation loss")):
+            line = lines[f"{label}, {folder}"]
+            assert line.get_xdata().tolist() == [r["step"] for r in log(folder, kind)]
+            assert line.get_ydata().tolist() == [r["loss"] for r in log(folder, kind)]
+    assert f"recall, {run}" in lines and f"recall, {other}" not in lines
+    vertical = figure.axes[1].get_lines()[-1]
+    assert list(vertical.get_xdata()) == [3, 3]
+    plt.close(figure)
+
+
+def test_the_picture_of_the_selection_holds_what_the_layers_compute(data):
+    """Masses are full attention, the selected keys are k_t, the needle's place holds its key."""
+    model = fresh_model(data, "gsa")
+    tokenizer = Tokenizer("bytes")
+    hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
+    layers, place, ids = evaluation.needle_selection(model, hay, tokenizer, [64, 48])
+    assert len(ids) == 48 - 4  # the shorter length, less the answer
+    fact = re.fullmatch(r"\n([A-Z]{2}=)([a-z0-9]{4})\n", tokenizer.decode(ids[place]))
+    assert fact and tokenizer.decode(ids).endswith("\n" + fact[1])
+    seen = []
+    hooks = [block.attn.register_forward_pre_hook(lambda attn, inputs: seen.append(inputs))
+             for block in model.blocks]
+    model.trunk(torch.from_numpy(ids.astype(np.int64))[None])
+    for hook in hooks:
+        hook.remove()
+    for block, (h, visible), (mass, selected) in zip(model.blocks, seen, layers, strict=True):
+        assert mass.shape == selected.shape == (len(ids),)
+        assert mass.sum() == pytest.approx(1)
+        index = block.attn.indexer(h, visible.pos)
+        selection = kernels.select(index, visible, block.attn.indexer.budget(), "eager")
+        assert selected.sum() == selection.budget[0, -1] < len(ids)
+        chosen = [i for i in selection.indices[0, -1].tolist() if i >= 0]
+        assert sorted(chosen) == np.flatnonzero(selected).tolist()
+
+
+def test_the_mass_of_the_picture_is_the_attention_of_the_dense_arm(data):
+    """With values that are one-hot, a dense layer's output is its attention, head by head."""
+    model = fresh_model(data, "gsa")
+    attn = model.blocks[0].attn
+    h = torch.randn(1, 9, 32, dtype=torch.double)
+    visible = kernels.Visible.causal(9)
+    mass, _ = attn.attended(h, visible)
+    q = attn.wq(h).view(1, 9, 2, 16)
+    k = attn.wk(h).view(1, 9, 1, 16)
+    cos, sin = attn.cos[visible.pos], attn.sin[visible.pos]
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    one_hot = torch.eye(9, dtype=torch.double)[None, :, None]  # (B, S, G, S)
+    o, _ = kernels.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
+    torch.testing.assert_close(mass.double(), o.mean(2), atol=1e-6, rtol=1e-5)
+
+
+def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(evaluation.time, "time", lambda: now[0])
+    with evaluation.Progress("part", 10) as progress:
+        for _ in range(10):
+            now[0] += 4
+            progress.step()
+    assert capsys.readouterr().out.splitlines() == [
+        "part: 10 steps",
+        "part: 3 of 10 steps, 28s left",
+        "part: 6 of 10 steps, 16s left",
+        "part: 9 of 10 steps, 4s left"]

@@ -1,0 +1,97 @@
+"""
+The pictures that eval.py draws: eval.png and selection.png. They need matplotlib
+(requirements-extra.txt).
+
+    save_picture("out/selection.png", draw_selection, layers, place)
+"""
+import os
+
+import numpy as np
+
+from configurator import say
+
+
+def save_picture(path, draw, *args):
+    """Save the figure that draw(plt, *args) returns; without matplotlib, say so."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        say(f"no {os.path.basename(path)}: matplotlib is not installed "
+            "(pip install -r requirements-extra.txt)")
+        return
+    figure = draw(plt, *args)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def curve(records, name):
+    """(steps, values) of the records that hold a number of this name."""
+    held = [r for r in records if type(r.get(name)) is float]
+    return [r["step"] for r in held], [r[name] for r in held]
+
+
+def draw_results(plt, cells, logs, warmup_end):
+    """
+    Heat map of the needle grid, and training curves. logs: {name: records of a log.jsonl}, the
+    run's own first. warmup_end: the step at which its index warm-up ended, 0 = it had none.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    # 1. needles: one row per depth, one column per length
+    if cells:
+        lengths = sorted({c["length"] for c in cells})
+        depths = sorted({c["depth"] for c in cells})
+        accuracy = {(c["depth"], c["length"]): c["accuracy"] for c in cells}
+        grid = np.array([[accuracy[d, n] for n in lengths] for d in depths])
+        image = left.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        figure.colorbar(image, label="exact match")
+        for (i, j), value in np.ndenumerate(grid):
+            left.text(j, i, f"{value:.2f}", ha="center", va="center")
+        left.set(xlabel="context length (tokens)", ylabel="depth of the needle",
+                 title="needle retrieval")
+        left.set_xticks(range(len(lengths)), lengths)
+        left.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
+    # 2. training: one colour per run; losses solid, validation as dots
+    for i, (run_name, records) in enumerate(logs.items()):
+        train = [r for r in records if r.get("kind") == "train"]
+        curves = [("loss", "-"), ("index_loss", "--"), ("recall", ":")]
+        for name, style in curves:
+            steps, values = curve(train, name)
+            if values:
+                right.plot(steps, values, style, color=f"C{i}", lw=1,
+                           label=f"{name.replace('_', ' ')}, {run_name}")
+        steps, values = curve([r for r in records if r.get("kind") == "eval"], "loss")
+        right.plot(steps, values, "o", color=f"C{i}", label=f"validation loss, {run_name}")
+    if warmup_end:
+        right.axvline(warmup_end, color="grey", lw=1)
+        right.annotate(" sparse →", (warmup_end, 1), xycoords=("data", "axes fraction"), va="top")
+    right.set(xlabel="step", title="training", ylim=(0, None))
+    right.grid(alpha=0.3)
+    right.legend(fontsize="small", framealpha=0.6)
+    return figure
+
+
+def draw_selection(plt, layers, place):
+    """
+    One row per layer: the attention mass of every key, selected keys in colour, others grey.
+    layers, place: see needle_selection.
+    """
+    figure, rows = plt.subplots(len(layers), 1, figsize=(11, 0.6 + 1.6 * len(layers)),
+                                sharex=True, squeeze=False, layout="constrained")
+    floor = 1e-5  # smaller masses are drawn as this
+    for i, (axes, (mass, selected)) in enumerate(zip(rows[:, 0], layers)):
+        key = np.arange(len(mass))
+        axes.axvspan(place.start - 0.5, place.stop - 0.5, color="gold", alpha=0.5, lw=0,
+                     label="needle")
+        for chosen, colour, label in ((~selected, "lightgrey", "not selected"),
+                                      (selected, "C0", "selected")):
+            axes.vlines(key[chosen], floor, np.maximum(mass[chosen], floor), color=colour,
+                        lw=max(0.5, 400 / len(mass)), label=label)
+        axes.set_yscale("log")
+        axes.set(ylim=(floor, 1), xlim=(-1, len(mass)), ylabel="mass")
+        axes.set_title(f"layer {i}: {selected.sum()} of {len(mass)} keys selected, which hold "
+                       f"{mass[selected].sum():.2f} of full attention", fontsize="medium")
+    rows[0, 0].legend(fontsize="small", loc="upper left", ncols=3)
+    rows[-1, 0].set_xlabel("position of the key (the query is the last)")
+    return figure

@@ -1,20 +1,29 @@
 """
-Time and peak memory of GSA beside dense attention (SDPA) of the same shape, as ratios within one run.
+Time and peak memory of GSA beside dense attention (PyTorch's SDPA) of the same shape, in one run.
 
-    python bench.py                      # on a CPU: the PyTorch path
-    python bench.py --n_head=16 --d_head=128 --forward=4096,16384,32768 --train=16384 --decode=32768 --layer=
-    python bench.py --gpu                # on a GPU: the Triton kernels, checked against fp32, then timed
-    python bench.py --gpu --dry_run      # the same code at toy size on a CPU, in Triton's interpreter
-    python bench.py --roofline           # bounds for an H100, counted from real selections: no GPU needed, no speed claimed
-    python bench.py --data               # prepare.py beside its ceiling and the usual way
+    python bench.py                  # on a CPU: the PyTorch path, tiled.py
+    python bench.py --gpu            # on a GPU: the Triton kernels, kernels.py
+    python bench.py --gpu --dry_run  # the same code at toy size on a CPU, in Triton's interpreter
+    python bench.py --roofline       # least times on an H100, counted, not measured: roofline.py
+    python bench.py --compile        # what the compiler makes of the kernels; needs no GPU
 
-forward: selection and attention. train: the same with the index loss and all gradients. decode: one token against a cache.
-layer: a training step of a whole layer, projections and gates included. On a CPU every case runs in a process of its own, so
-that its peak memory (maximum resident set, about 0.5 GB of it PyTorch and what this one has used) is its own. Inputs are random, the worst case: in
-a trained model neighbouring queries choose similar keys (--roofline counts how similar), as they do with --similar. u is the number of
-different keys of 16 neighbours over that of one. The last line is JSON.
+The path is first checked against the eager equations. Then these cases are timed, at batch 1:
+
+    forward  selection and attention of T queries over T keys
+    train    the same with the index loss and all gradients
+    decode   selection and attention of one query over T cached keys
+    layer    a training step of a whole attention layer, projections and gates too (CPU only)
+
+A row shows the median time in ms (lowest–highest) and the speed-up: dense over GSA. Then
+
+    MB       peak memory. On a CPU each case has a process of its own; 500 MB of it are PyTorch
+    select   ms of GSA's selection alone: scores, budget, top-k
+    u        number of different keys that 16 neighbouring queries select, over that of one query
+
+Inputs are random, the worst case: neighbouring queries of a trained model select similar keys, as
+they do with --similar, and what they share is read once. The last line is JSON.
 """
-import glob
+import collections
 import itertools
 import json
 import math
@@ -23,477 +32,463 @@ import os
 import platform
 import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+import attention
 import kernels
-from checkpoint import find_data, load_model
-from configurator import UserError, check_ranges, parse, run
-from data import Data, Tokenizer
+import kernels_select
+from attention import Budget, Index, Visible
+from configurator import UserError, check_ranges, parse, run, say
 from model import GSA, GSAConfig
+from roofline import count_keys, roofline
 
 
 @dataclass
 class BenchConfig:
-    n_head: int = 8
-    n_kv_head: int = 4
-    d_head: int = 64
-    n_index_head: int = 4
-    d_index: int = 64
-    k: int = 512  # keys per query
-    similar: float = 0.0  # correlation of a query's indexer input with the one before; what neighbours share of their keys is printed
-    forward: str = "2048,4096,8192,16384"  # tokens; "" = none
+
+    # What to run; without one of the first three, the PyTorch path on a CPU
+    gpu: bool = False  # the Triton kernels, in bfloat16
+    roofline: bool = False  # least times on an H100, at the lengths of `forward`
+    compile: bool = False  # compile the kernels ahead of time and report on them
+    dry_run: bool = False  # with gpu: in Triton's interpreter on a CPU, in float32
+    out_dir: str = "out"  # roofline: folder of a checkpoint whose selections are counted too
+
+    # Shape of the layer
+    n_head: int = 8  # H
+    n_kv_head: int = 4  # G
+    d_head: int = 64  # d
+    n_index_head: int = 4  # Hi
+    d_index: int = 64  # di
+    k: int = 512  # largest number of keys per query
+    similar: float = 0.0  # correlation of a query's indexer input with that of the query before
+
+    # Cases: lists of T, in tokens; "" = none
+    forward: str = "2048,4096,8192,16384"
     train: str = "2048,4096,8192,16384"
-    decode: str = "8192,32768"  # cached tokens
+    decode: str = "8192,32768"
     layer: str = "8192"
-    repeats: int = 3
-    threads: int = 2
-    gpu: bool = False
-    dry_run: bool = False
-    roofline: bool = False
-    data: bool = False
-    tokenizer: str = "gpt2"  # --data
-    megabytes: int = 512  # --data: of text; bytes are measured on 1000
-    out_dir: str = "out"  # --roofline: folder of a checkpoint whose selections are counted too
-    json: str = ""  # also write the last line to this file
+
+    # How to measure
+    repeats: int = 3  # timed calls, after one that is not timed
+    threads: int = 2  # of the CPU
+    json: str = ""  # file that the last line is also written to
 
     def __post_init__(self):
-        check_ranges(self, {(1, None): "n_head n_kv_head d_head n_index_head d_index k repeats threads megabytes",
-                            (0, 1): "similar"})
+        check_ranges(self, {
+            (1, None): "n_head n_kv_head d_head n_index_head d_index k repeats threads",
+            (0, 1): "similar"})
         for name in ("forward", "train", "decode", "layer"):
-            if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(self, name)):
-                raise UserError(f"{name} {getattr(self, name)!r} is not a list of lengths like 4096,8192")
+            value = getattr(self, name)
+            if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", value):
+                raise UserError(f"{name} {value!r} is not a list of lengths like 4096,8192")
+        self.backend = "triton" if self.gpu else "torch"
+        self.device = "cuda" if self.gpu and not self.dry_run else "cpu"
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.shape = (f"H={self.n_head} G={self.n_kv_head} d={self.d_head} "
+                      f"Hi={self.n_index_head} di={self.d_index} k={self.k}, batch 1")
+
+    def lengths(self, case):
+        return [int(T) for T in getattr(self, case).split(",") if T]
 
 
-GPU = dict(n_head=16, d_head=128, k=2048, repeats=10, decode="32768,131072",  # its defaults
-           forward="4096,8192,16384,32768,65536,131072", train="4096,8192,16384,32768,65536,131072")
-DRY = dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, forward="24,40", train="24,40", decode="70", repeats=1)
-ROOFLINE = dict(n_head=16, d_head=128, k=2048, forward="4096,32768,131072")
-H100 = {"tensor": 989e12, "MUFU": 132 * 16 * 1.755e9, "L2": 5.5e12, "HBM": 3.35e12}  # bf16 FLOP/s, operations/s, bytes/s;
-# tensor and HBM from NVIDIA's data sheet (SXM), MUFU 16 per SM and clock, L2 from public microbenchmarks
+# Defaults of a run with this switch
+LARGE = dict(n_head=16, d_head=128, k=2048)
+UP_TO_128K = "4096,8192,16384,32768,65536,131072"
+SWITCHES = {
+    "gpu": dict(LARGE, forward=UP_TO_128K, train=UP_TO_128K, decode="32768,131072", repeats=10),
+    "dry_run": dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, forward="24,40",
+                    train="24,40", decode="70", repeats=1),
+    "roofline": dict(LARGE, forward="4096,32768,131072"),
+}
 
 
-def layer_inputs(cfg, T, device, dtype, S=None, seed=0):
-    """Random q, k, v, Index and log_tau of a layer with T queries and S keys, gradients on."""
-    g = torch.Generator(device).manual_seed(seed)
-    H, G, d, Hi, di, S = cfg.n_head, cfg.n_kv_head, cfg.d_head, cfg.n_index_head, cfg.d_index, S or T
-    shapes = (T, H, d), (S, G, d), (S, G, d), (T, Hi, di), (S, di), (T, Hi)
-    q, k, v, iq, ik, iw = (torch.randn(1, *s, device=device, dtype=dtype, generator=g).requires_grad_() for s in shapes)
-    ib = torch.zeros(Hi, device=device, dtype=dtype, requires_grad=True)
-    with torch.no_grad():
-        for t in range(1, T if cfg.similar else 0):
-            for x in (iq, iw):
-                x[:, t] = cfg.similar * x[:, t - 1] + math.sqrt(1 - cfg.similar**2) * x[:, t]
-    return q, k, v, kernels.Index(iq, ik, iw, ib), torch.tensor(1.4, device=device, requires_grad=True)
+# --------------------------------------------------------------------------------------------------
+# The cases
 
+def layer_inputs(cfg, T, S):
+    """Random q, k, v, Index and log τ of a layer with T queries and S keys, with gradients."""
+    g = torch.Generator(cfg.device).manual_seed(0)
 
-def gsa_step(backend, q, k, v, index, log_tau, selection):
-    """o, index loss and all gradients, given the selection."""
-    o, lse = kernels.sparse_attention(q, k, v, selection, backend)
-    loss = kernels.index_loss(q, k, lse, index, log_tau, selection, backend)
-    return o, loss, *torch.autograd.grad(o.float().square().sum() + loss, (q, k, v, *index[:4], log_tau))
+    def randn(*shape):
+        x = torch.randn(1, *shape, device=cfg.device, dtype=cfg.dtype, generator=g)
+        return x.requires_grad_()
 
-
-def case(cfg, what, T, device, dtype, backend):
-    """(dense, gsa, () -> {stage: part of gsa}) as functions to be timed, and one that gives u. what: forward | train | decode."""
-    q, k, v, index, log_tau = layer_inputs(cfg, 1 if what == "decode" else T, device, dtype, T)
-    visible = kernels.Visible(torch.full((1, 1), T - 1, device=device), T) if what == "decode" else kernels.Visible.causal(T, device=device)
-    budget = kernels.Budget("inverse", cfg.k, 1, cfg.k, var_avg=torch.tensor(0.1, device=device))
-    train = what == "train"
-
-    def dense():
-        with torch.set_grad_enabled(train):
-            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=what != "decode", enable_gqa=True)
-            if train:
-                torch.autograd.grad(o.float().square().sum(), (q, k, v))
-    select = lambda: kernels.select(index, visible, budget, backend)
-
-    def attend(selection):
-        if train:
-            return gsa_step(backend, q, k, v, index, log_tau, selection)
+    q = randn(T, cfg.n_head, cfg.d_head)
+    k = randn(S, cfg.n_kv_head, cfg.d_head)
+    v = randn(S, cfg.n_kv_head, cfg.d_head)
+    index_q = randn(T, cfg.n_index_head, cfg.d_index)
+    index_k = randn(S, cfg.d_index)
+    index_w = randn(T, cfg.n_index_head)
+    if cfg.similar:
+        fresh = math.sqrt(1 - cfg.similar**2)  # keeps the variance at 1
         with torch.no_grad():
-            return kernels.sparse_attention(q, k, v, selection, backend)
-
-    def stages():
-        selection = select()
-        if backend == "triton":
-            selection.lists(kernels._tile_queries(q, k))
-        own = {"attend, loss, backward" if train else "attend": lambda: attend(selection)}
-        if backend == "triton":
-            return {"select": select, **own}
-
-        def scores():
-            for tile in visible.tiles:
-                kernels._tile_scores(index, visible, tile)
-
-        @torch.no_grad()
-        def logits():
-            scratch = kernels.Scratch()
-            for job in selection.jobs(q.size(2)):
-                job.logits(job.rows(q, k.size(2)), k, scratch)
-        return {"scores": scores, "select": select, **({} if train else {"logits": logits}), **own}  # a training step computes them several times
-
-    def u():
-        union = unions(index, cfg.k)
-        return union[16] / union["k"]
-    return dense, lambda: attend(select()), stages, u if T >= 1024 and what != "decode" else lambda: None
+            for t in range(1, T):
+                for x in (index_q, index_w):
+                    x[:, t] = cfg.similar * x[:, t - 1] + fresh * x[:, t]
+    index_b = torch.zeros_like(index_w[0, 0], requires_grad=True)
+    log_tau = torch.tensor(1.4, device=cfg.device, requires_grad=True)
+    return q, k, v, Index(index_q, index_k, index_w, index_b), log_tau
 
 
-def listed(cfg, *names):
-    """(name, T) of every T in these settings."""
-    return [(name, int(T)) for name in names for T in getattr(cfg, name).split(",") if T]
+def train_step(backend, selection, q, k, v, index, log_tau):
+    """{name: tensor}: attention's output, the index loss, and the gradient of every input."""
+    o, lse = attention.sparse_attention(q, k, v, selection, backend)
+    loss = attention.index_loss(q, k, lse, index, log_tau, selection, backend)
+    inputs = (q, k, v, *index[:4], log_tau)
+    grads = torch.autograd.grad(o.float().square().sum() + loss, inputs)
+    return dict(zip("o loss dq dk dv diq dik diw dib dtau".split(), (o, loss, *grads)))
 
 
-def clock(cfg, device, f):
-    """Milliseconds per call, one number per repeat."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    f()
-    times = []
-    for _ in range(cfg.repeats):
-        wait()
-        start = time.perf_counter()
-        f()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return times
+class Case:
+    """The case "forward", "train" or "decode" over T keys: the functions that are timed."""
+
+    def __init__(self, cfg, what, T):
+        self.backend = cfg.backend
+        self.train = what == "train"
+        self.causal = what != "decode"
+        n_queries = T if self.causal else 1
+        self.q, self.k, self.v, self.index, self.log_tau = layer_inputs(cfg, n_queries, T)
+        self.visible = Visible(torch.arange(T - n_queries, T, device=cfg.device)[None], T)
+        self.budget = Budget("inverse", cfg.k, 1, cfg.k,
+                             var_avg=torch.tensor(0.1, device=cfg.device))
+
+    def dense(self):
+        inputs = (self.q, self.k, self.v)
+        with torch.set_grad_enabled(self.train):
+            q, k, v = (x.transpose(1, 2) for x in inputs)  # (1, H or G, T, d)
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
+            if self.train:
+                torch.autograd.grad(o.float().square().sum(), inputs)
+
+    def select(self):
+        return attention.select(self.index, self.visible, self.budget, self.backend)
+
+    def gsa(self):
+        selection = self.select()
+        if self.train:
+            train_step(self.backend, selection, self.q, self.k, self.v, self.index, self.log_tau)
+        else:
+            with torch.no_grad():
+                attention.sparse_attention(self.q, self.k, self.v, selection, self.backend)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The PyTorch path
-
-def layer(cfg, arm, T):
-    """A training step of one attention layer of the arm, randomly initialised as in training, as a function."""
-    config = GSAConfig.arm(arm, vocab_size=64, block_size=T, n_layer=1, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head,
-                           n_embd=cfg.n_head * cfg.d_head, n_index_head=cfg.n_index_head, d_index=cfg.d_index,
-                           k_base=cfg.k, k_min=min(128, cfg.k), k_max=cfg.k)
+def layer_step(cfg, arm, T):
+    """A function: one training step of a whole layer of the arm, initialised as for training."""
+    config = GSAConfig.arm(
+        arm, vocab_size=64, block_size=T, n_layer=1, n_head=cfg.n_head, n_kv_head=cfg.n_kv_head,
+        n_embd=cfg.n_head * cfg.d_head, n_index_head=cfg.n_index_head, d_index=cfg.d_index,
+        k_base=cfg.k, k_min=min(128, cfg.k), k_max=cfg.k)
     torch.manual_seed(0)
-    attn, h, visible = GSA(config).blocks[0].attn.train(), torch.randn(1, T, config.n_embd), kernels.Visible.causal(T)
+    attn = GSA(config).blocks[0].attn.train()
+    h = torch.randn(1, T, config.n_embd)
+    visible = Visible.causal(T)
 
     def step():
         o, index_loss, _ = attn(h, visible, want_loss=True)
-        (o.square().mean() + (index_loss if config.sparse else 0)).backward()
+        (o.square().mean() + index_loss).backward()
     return step
 
 
-def measure(cfg, arm, what, T):
-    """{"ms": [per repeat], "peak_mb", "stages": {stage: ms}, "u"} of one case, in this process."""
-    torch.set_num_threads(cfg.threads)
-    dense, gsa, stages, u = (None, None, dict, lambda: None) if what == "layer" else case(cfg, what, T, "cpu", torch.float32, "torch")
-    f = layer(cfg, arm, T) if what == "layer" else dense if arm == "dense" else gsa
-    ms = [t for _ in range(10 if what == "decode" else 1) for t in clock(cfg, "cpu", f)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"ms": ms, "peak_mb": peak, "u": u() if arm == "gsa" else None,
-            "stages": {n: statistics.median(clock(cfg, "cpu", g)) for n, g in (stages() if arm == "gsa" else {}).items()}}
+# --------------------------------------------------------------------------------------------------
+# Check, then measure
 
-
-def check(cfg):
-    """The tiled path against the eager reference at a small size, before anything is timed: the largest relative error."""
-    q, k, v, index, log_tau = layer_inputs(cfg, 512, "cpu", torch.float32)  # of which some share their keys and some have their own
-    selection = kernels.select(index, kernels.Visible.causal(512), kernels.Budget("inverse", 40, 1, 60, var_avg=torch.tensor(0.1)), "torch")
-    got, exact = (gsa_step(backend, q, k, v, index, log_tau, selection) for backend in ("torch", "eager"))
-    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(got, exact))
-    if worst > 1e-4:
-        raise UserError(f"the tiled path is off the eager reference by {worst:.1e}: nothing was timed")
-    return worst
-
-
-def cpu(cfg):
-    """Rows of {what, T, dense, gsa, stages}, each of the arms {ms, peak_mb}, and the ratios."""
-    try:
-        cases = listed(cfg, "forward", "train", "decode", "layer")
-        error = check(cfg)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    print(f"H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, fp32, {cfg.threads} threads, "
-          f"torch {torch.__version__}; checked against eager: relative error {error:.0e}\n"
-          f"{'':8}{'T':>7} {'dense ms (spread)':>22} {'GSA ms (spread)':>22} {'speed-up':>9} {'dense MB':>9} {'GSA MB':>7} {'u':>5}  GSA by stage, ms")
-    rows = []
-    for what, T in cases:
-        result = {}
-        for arm in ("dense", "gsa"):
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                result[arm] = pool.submit(measure, cfg, arm, what, T).result()
-        ms = {arm: statistics.median(r["ms"]) for arm, r in result.items()}
-        t = dict(result["gsa"]["stages"])
-        stages = {}
-        if t:
-            stages = {"scores": t["scores"], "top-k": t.pop("select") - t.pop("scores"), **t}
-        if "logits" in t:
-            stages["attention"] = max(0.0, stages.pop("attend") - t["logits"])
-        rows.append(dict(what=what, T=T, speedup=ms["dense"] / ms["gsa"], **result))
-        u = result["gsa"]["u"]
-        show = lambda r: f"{statistics.median(r['ms']):.1f} ({min(r['ms']):.1f}–{max(r['ms']):.1f})".rjust(22)
-        print(f"{what:8}{T:7} {show(result['dense'])} {show(result['gsa'])} {rows[-1]['speedup']:8.2f}× {result['dense']['peak_mb']:9.0f} "
-              f"{result['gsa']['peak_mb']:7.0f} {f'{u:.1f}' if u else '':>5}  " + ", ".join(f"{n} {x:.1f}" for n, x in stages.items()), flush=True)
-    return dict(machine=platform.processor() or platform.machine(), rows=rows)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# --gpu
-
-def check_gpu(cfg, device, dtype, T):
-    """The kernels against the eager reference in fp32: errors, relative, and the same of the eager reference in dtype."""
-    q, k, v, index, log_tau = layer_inputs(cfg, T, device, dtype)
-    budget = kernels.Budget("fixed", min(cfg.k, T // 4), 1, cfg.k)
-    wide = lambda x: x.detach().float().requires_grad_()
-    q32, k32, v32, *index32 = map(wide, (q, k, v, *index[:4]))
-    visible = kernels.Visible.causal(T, device=device)
-    selection = kernels.select(index, visible, budget, "triton")
-    scores = kernels.index_scores_eager(kernels.Index(*index32)).masked_fill(~visible.mask(), -torch.inf)
-    earned = selection.mask() & ~torch.eye(T, dtype=torch.bool, device=device)  # a query's own position is not: it is always selected
-    worst = scores.masked_fill(~earned, torch.inf).amin(-1) - scores.masked_fill(selection.mask(), -torch.inf).amax(-1)
-    exact = gsa_step("eager", q32, k32, v32, kernels.Index(*index32), log_tau, selection)
+def check(cfg, T):
+    """
+    The path against the eager equations over T tokens, before anything is timed.
+    Returns {name of train_step: (relative error of the path, of the eager path in cfg.dtype)}.
+    Raises UserError where the path errs more than twice as much, or selects lower scores.
+    """
+    q, k, v, index, log_tau = layer_inputs(cfg, T, T)
+    q32, k32, v32, *index32 = (x.detach().float().requires_grad_() for x in (q, k, v, *index[:4]))
+    index32 = Index(*index32)
+    visible = Visible.causal(T, device=cfg.device)
+    # 1. selection: no key that is left out has a higher score than a selected one, but for the
+    #    query's own, which is always selected
+    budget = Budget("fixed", T // 4, 1, T // 4)  # tiled.py then uses both kinds of blocks
+    selection = attention.select(index, visible, budget, cfg.backend)
+    selected = selection.mask()  # (1, T, T)
+    scores = attention.index_scores(index32)  # (1, T, T)
+    own = torch.eye(T, dtype=torch.bool, device=cfg.device)
+    lowest = scores.masked_fill(~selected | own, math.inf).amin(-1)  # (1, T)
+    left_out = visible.mask() & ~selected
+    highest = scores.masked_fill(~left_out, -math.inf).amax(-1)  # (1, T)
+    wrong = (highest - lowest).max().item()
+    # 2. what a training step over this selection returns
+    exact = train_step("eager", selection, q32, k32, v32, index32, log_tau)
+    results = [train_step(b, selection, q, k, v, index, log_tau) for b in (cfg.backend, "eager")]
     errors = {}
-    for name in ("triton", "eager"):
-        got = gsa_step(name, q, k, v, index, log_tau, selection)
-        errors[name] = [((a.float() - b).norm() / b.norm().clamp(min=1e-30)).item() for a, b in zip(got, exact)]
-    rows = dict(zip("o loss dq dk dv diq dik diw dib dtau".split(), zip(errors["triton"], errors["eager"])))
-    bad = {n: e for n, e in rows.items() if e[0] > 2 * e[1] + 1e-5}
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    if bad or (-worst).max() > tolerance:
-        raise UserError(f"the kernels are off: error against fp32, ours and PyTorch's {dtype}: {bad}; selection off by {(-worst).max():.1e}")
-    return rows
+    for name, x in exact.items():
+        size = x.norm().clamp(min=1e-30)
+        errors[name] = [((result[name].float() - x).norm() / size).item() for result in results]
+    # `not <=`, since a NaN is wrong, too
+    bad = {name: e for name, e in errors.items() if not e[0] <= 2 * e[1] + 1e-5}
+    tolerance = 1e-5 if cfg.dtype == torch.float32 else 2e-2
+    if bad or not wrong <= tolerance:
+        raise UserError(f"the {cfg.backend} path is wrong, so nothing was timed: it selects scores "
+                        f"too low by {wrong:.1e}; relative errors, its own and eager's: {bad}")
+    return errors
 
 
-def gpu(cfg):
-    """Rows of {what, T, dense, gsa, and the stages of gsa}: ms per repeat."""
-    device, dtype = ("cpu", torch.float32) if cfg.dry_run else ("cuda", torch.bfloat16)
-    if not cfg.dry_run and not torch.cuda.is_available():
-        raise UserError("--gpu needs a GPU; --gpu --dry_run runs the same code at toy size on a CPU")
-    name = "CPU, Triton's interpreter" if cfg.dry_run else torch.cuda.get_device_name()
-    errors = check_gpu(cfg, device, dtype, 40 if cfg.dry_run else 1024)
-    print(f"{name}, {dtype}, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index} k={cfg.k}, batch 1, random inputs\n"
-          f"relative error against fp32, ours / PyTorch's: " + ", ".join(f"{n} {a:.1e}/{b:.1e}" for n, (a, b) in errors.items()))
-    print(f"{'':9}{'T':>7}{'dense ms':>10}{'GSA ms':>9}{'speed-up':>10}{'u':>6}  GSA by stage, ms")
+def now(cfg):
+    """Seconds, when the device has done its work."""
+    if cfg.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def clock(cfg, f, repeats):
+    """Milliseconds of each of `repeats` calls."""
+    f()
+    times = []
+    for _ in range(repeats):
+        start = now(cfg)
+        f()
+        times.append(1000 * (now(cfg) - start))
+    return times
+
+
+def measure(cfg, arm, what, T):
+    """One arm of one case: ms (of each call), peak_mb, select_ms, u; None = it has none."""
+    case = None if what == "layer" else Case(cfg, what, T)
+    timed = getattr(case, arm) if case else layer_step(cfg, arm, T)
+    short = what == "decode" and not cfg.gpu  # a call takes a few ms
+    repeats = 10 * cfg.repeats if short else cfg.repeats
+    if cfg.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    result = dict(ms=clock(cfg, timed, repeats), select_ms=None, u=None)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if cfg.device == "cuda":
+        result["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    if case and arm == "gsa":
+        result["select_ms"] = clock(cfg, case.select, repeats)
+        if what != "decode" and T >= 1024:
+            counts = count_keys(case.index, cfg.k)
+            result["u"] = counts[16] / counts["k"]
+    return result
+
+
+def measure_alone(cfg, *case):
+    """measure in a process of its own, whose peak memory is that of this case."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (cfg.threads,)) as pool:
+        return pool.submit(measure, cfg, *case).result()
+
+
+def number(ms):
+    return f"{ms:.4g}" if ms < 10_000 else f"{ms:.0f}"
+
+
+def table_row(what, T, dense, gsa, speedup):
+    row = f"{what:8}{T:7}"
+    for ms in (dense["ms"], gsa["ms"]):
+        median = number(statistics.median(ms))
+        row += f"{median} ({number(min(ms))}–{number(max(ms))})".rjust(23)
+    row += f"{speedup:8.2f}×{dense['peak_mb']:10.0f}{gsa['peak_mb']:8.0f}"
+    select = number(statistics.median(gsa["select_ms"])) if gsa["select_ms"] else ""
+    u = f"{gsa['u']:.1f}" if gsa["u"] else ""
+    return f"{row}{select:>8}{u:>6}"
+
+
+def time_cases(cfg):
+    """Check the path, then print a row for each case. Returns the report."""
+    # 1. check
+    if cfg.dry_run:
+        device, check_length = "CPU, Triton's interpreter", 40
+    elif not cfg.gpu:
+        device, check_length = f"{platform.machine()}, {cfg.threads} threads", 512
+    elif torch.cuda.is_available():
+        device, check_length = torch.cuda.get_device_name(), 1024
+    else:
+        raise UserError("--gpu needs a GPU; --gpu --dry_run runs the same at toy size on a CPU")
+    say(f"{device}, {cfg.dtype}, {cfg.shape}, torch {torch.__version__}")
+    try:
+        errors = check(cfg, check_length)
+    except ValueError as e:  # also sizes that do not fit each other
+        raise UserError(str(e)) from None
+    ours, eager = map(max, zip(*errors.values()))
+    say(f"largest relative error against the eager equations in float32: {ours:.0e}; "
+        f"that of these in {cfg.dtype}: {eager:.0e}")
+    # 2. measure
+    say(f"{'':8}{'T':>7}{'dense ms (spread)':>23}{'GSA ms (spread)':>23}{'speed-up':>9}"
+        f"{'dense MB':>10}{'GSA MB':>8}{'select':>8}{'u':>6}")
+    cases, measure_one = ("forward", "train", "decode", "layer"), measure_alone
+    if cfg.gpu:
+        cases, measure_one = cases[:3], measure
     rows = []
-    for what, T in listed(cfg, "forward", "train", "decode"):
-        dense, whole, stages, u = case(cfg, what, T, device, dtype, "triton")
-        row = dict(what=what, T=T, dense=clock(cfg, device, dense), gsa=clock(cfg, device, whole), u=u(), stages={n: clock(cfg, device, f) for n, f in stages().items()})
-        median = statistics.median
-        row["speedup"] = median(row["dense"]) / median(row["gsa"])
-        rows.append(row)
-        print(f"{what:9}{T:7}{median(row['dense']):10.3f}{median(row['gsa']):9.3f}{row['speedup']:9.2f}×{row['u'] or 0:6.1f}  "
-              + ", ".join(f"{n} {median(ms):.3f}" for n, ms in row["stages"].items()), flush=True)
-    return dict(device=name, errors=errors, rows=rows)
+    for what in cases:
+        for T in cfg.lengths(what):
+            row = dict(what=what, T=T)
+            for arm in tqdm(("dense", "gsa"), desc=f"{what} {T}", leave=False):
+                row[arm] = measure_one(cfg, arm, what, T)
+            dense, gsa = (statistics.median(row[arm]["ms"]) for arm in ("dense", "gsa"))
+            row["speedup"] = dense / gsa
+            say(table_row(**row))
+            rows.append(row)
+    return dict(device=device, errors=errors, rows=rows)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# --roofline
+# --------------------------------------------------------------------------------------------------
+# --compile
 
-def random_index(cfg, L):
-    g = torch.Generator().manual_seed(0)
-    q, k, w = (torch.randn(1, L, *s, generator=g) for s in ((cfg.n_index_head, cfg.d_index), (cfg.d_index,), (cfg.n_index_head,)))
-    return kernels.Index(q, k, w.sigmoid(), torch.zeros(cfg.n_index_head))
+# The layers that the kernels are compiled for: dtype, H, G, d
+COMPILED_LAYERS = (("bf16", 16, 4, 128), ("bf16", 12, 4, 64),
+                   ("fp32", 16, 4, 128), ("fp32", 16, 4, 256))
+COMPILED_INDEXER = dict(Hi=4, DI=64, DIP=64, RI=4)
+# dtypes of the kernels' pointers, p_ left out. All others are fp32. "dtype" is the layer's.
+POINTERS = {
+    "dtype": "q k v o do dq dk_parts dv_parts parts",
+    "i32": "indices candidates keys query_bits slots bits_by_key",
+    "i64": "pos start offsets k_t",
+}
 
 
-def checkpoint_indices(cfg, L):
-    """The Index of every layer of the checkpoint over L tokens of its validation text, its context stretched to L if that is longer."""
-    _, checkpoint = load_model(cfg.out_dir)
-    model = GSA(GSAConfig(**checkpoint["model_config"] | dict(block_size=L)))
-    model.load_state_dict(checkpoint["model"])
-    data, found = Data(find_data(checkpoint)), []
-    for block in model.eval().blocks:
-        block.attn.indexer.register_forward_hook(lambda module, args, out: found.append(out))
-    with torch.no_grad():
-        model.trunk(torch.from_numpy(data.val[:L].astype("int64"))[None])
+def report_kernels(dtype, H, G, d):
+    """The kernels to compile for a layer, by name. What depends on no layer is with the first."""
+    found = {"attend": kernels._attend_kernel,
+             "attend backward": kernels._attend_backward_kernel,
+             "index loss": kernels._index_loss_kernel}
+    if dtype == "bf16" or d > 128:
+        found["sum"] = kernels._sum_kernel
+    if (dtype, H, G, d) == COMPILED_LAYERS[0]:
+        found["scores"] = kernels_select._scores_kernel
+        found["variance"] = kernels_select._variance_kernel
+        found["select"] = kernels_select._select_kernel
+        found["pack"] = kernels._pack_kernel
     return found
 
 
-def unions(index, k, sizes=(8, 16, 32, 64)):
+def compile_report(targets=(80, 89, 90, 100)):
     """
-    Mean number of keys in the union of as many neighbouring queries, for each of `sizes`; mean k_t; and "few", the keys that _select_kernel
-    sets aside for a query. From 8 places along the text.
+    Compile the kernels ahead of time for GPUs of these compute capabilities, times ten.
+
+    Yields a dict for each: kernel, dtype, sm, H, G, d; registers per thread; bytes of stack (more
+    than 0: registers spill) and of shared memory; instructions, a count of each by name. fp32 is
+    computed in TF32. sm_80 and sm_89 get the same code, so bf16 is compiled for the one and fp32
+    for the other.
     """
-    L = index.q.size(1)
-    counts = {n: [] for n in sizes}
-    for end in torch.linspace(L / 8, L, 8).long().tolist():
-        part = index._replace(q=index.q[:, end - 64:end], w=index.w[:, end - 64:end], k=index.k[:, :end])
-        visible = kernels.Visible(torch.arange(end - 64, end, device=part.q.device)[None], end)
-        mask = kernels.select(part, visible, kernels.Budget("fixed", k, 1, k)).mask()[0]
-        for n in sizes:
-            counts[n].append(mask.view(64 // n, n, end).any(1).sum(-1).float().mean().item())
-        counts.setdefault("k", []).append(mask.sum(-1).float().mean().item())
-        scores = kernels.index_scores_eager(part)[0].masked_fill(~visible.mask()[0], -torch.inf)
-        low, high = (f(scores[:, :1024], -1, keepdim=True) for f in (torch.amin, torch.amax))
-        place = lambda x: ((x - low) * 2046 / (high - low)).clamp(0, 2046).floor()
-        counts.setdefault("few", []).append((place(scores) == place(scores.topk(min(k, end)).values[:, -1:])).sum(-1).float().mean().item())
-    return {n: statistics.mean(c) for n, c in counts.items()}
+    for sm, layer in itertools.product(targets, COMPILED_LAYERS):
+        if (sm, layer[0]) in ((80, "fp32"), (89, "bf16")):
+            continue
+        for name, kernel in report_kernels(*layer).items():
+            binary = _compile(name, kernel, sm, *layer)
+            dtype, H, G, d = layer
+            yield dict(kernel=name, dtype=dtype, sm=sm, H=H, G=G, d=d,
+                       shared=binary.metadata.shared, **_resources(binary.asm["cubin"]))
 
 
-def bounds(cfg, L, union):
-    """{stage: {resource: seconds}}: what each stage of a layer must compute and move, over what an H100 can at most."""
-    H, G, d, Hi, di = cfg.n_head, cfg.n_kv_head, cfg.d_head, cfg.n_index_head, cfg.d_index
-    TQ = kernels.tile_queries(90, H // G, 2 * d)
-    pairs, tiles, U = L * L / 2, L / TQ, union[TQ]
-    gather, product, student = tiles * U * 2 * G * d * 2, tiles * U * TQ * H * d * 2, tiles * U * TQ * Hi
-    places = 4 * tiles * L  # of keys among the partial sums
-    sums = lambda part, total: 2 * part + places + 2 * total * math.ceil((part + places) / kernels.PARTIAL_BYTES)
-    work = {
-        "dense attention": {"tensor": 4 * pairs * H * d, "MUFU": pairs * H},
-        "dense backward": {"tensor": 10 * pairs * H * d, "MUFU": pairs * H},
-        "scores": {"tensor": 2 * pairs * Hi * di, "MUFU": pairs * Hi, "L2": 4 * pairs},
-        "select": {"L2": 2 * 4 * pairs + (4 + 4 * 8) * L * union["few"]},  # a row of scores twice; the few, written once, four times read with their scores
-        "pack": {"HBM": 4 * 4 * tiles * L},  # zeros, scatter, two passes of nonzero
-        "attend": {"tensor": 2 * product, "MUFU": tiles * U * TQ * H, "L2": gather + 8 * tiles * U},
-        "attend backward": {"tensor": 5 * product, "MUFU": tiles * U * TQ * H, "L2": gather, "HBM": sums(gather, 2 * L * G * d * 4) + 2 * places},
-        "index loss": {"tensor": product + 8 * student * di, "MUFU": tiles * U * TQ * H + 2 * student, "L2": gather / 2, "HBM": sums(tiles * U * di * 4, L * di * 4) + places}}
-    return {stage: {r: n / H100[r] for r, n in w.items()} for stage, w in work.items()}
+def _compile(name, kernel, sm, dtype, H, G, d):
+    """One kernel for one GPU and layer, as kernels.py would launch it. Returns Triton's binary."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    fp32 = dtype == "fp32"
+    itemsize = 4 if fp32 else 2
+
+    # 1. what the host code would pass
+    heads = H // G
+    attention_tile = kernels.queries_per_tile(sm, heads, d * itemsize, fp32=fp32)
+    loss_tile = kernels.queries_per_tile(sm, heads, d * itemsize, 4, 4 * 64, fp32=fp32)
+    tile = loss_tile if name == "index loss" else attention_tile
+    if name == "scores":  # the indexer: 64 wide, fp32
+        options = kernels.launch_options(name, sm, 64, itemsize=4)
+    else:
+        options = kernels.launch_options(name, sm, d, tile * heads, itemsize)
+    constants = dict(
+        H=H, G=G, D=d, DP=kernels.block_width(d), RP=kernels.triton.next_power_of_2(heads),
+        TQ=tile, LIST_TQ=attention_tile, SPLITS=1, DENSE=False, HAS_START=True,
+        SIGMOID=True, FAST=True, GRADS=True, PRECISION="tf32", RULE="inverse",
+        **COMPILED_INDEXER) | options
+    pointers = {"p_" + name: kind for kind, names in POINTERS.items() for name in names.split()}
+
+    # 2. the type of every parameter
+    signature, values, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, place = parameter.name, (parameter.num,)
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            values[place] = constants[name]
+        elif name.startswith("p_"):
+            kind = pointers.get(name, "fp32")
+            signature[name] = "*" + (dtype if kind == "dtype" else kind)
+            attributes[place] = [["tt.divisibility", 16]]  # tensors begin at multiples of 16 bytes
+        elif name in ("scale", "index_scale"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+
+    # 3. compile
+    launch = {name: options[name] for name in ("num_warps", "num_stages")}
+    source = ASTSource(kernel, signature, values, attributes)
+    return kernels.triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch)
 
 
-def roofline(cfg):
-    rows = []
-    print(f"Lower bounds for one layer on an H100, H={cfg.n_head} G={cfg.n_kv_head} d={cfg.d_head} Hi={cfg.n_index_head} di={cfg.d_index}, batch 1, bf16: operations and\n"
-          "bytes counted from real selections over the chip's peak rates. Not one of these numbers is a measured speed.")
-    for L in map(int, cfg.forward.split(",")):
-        k, sources = min(cfg.k, L // 8), [("random keys", random_index(cfg, L))]
-        if os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt")):
-            sources += [(f"{cfg.out_dir}, layer {i}", index) for i, index in enumerate(checkpoint_indices(cfg, L))]
-        for source, index in sources:
-            union = unions(index, k)
-            times = bounds(cfg, L, union)
-            rows.append(dict(L=L, k=k, source=source, union=union, seconds=times))
-            print(f"\nL {L:,}, k {k}, {source}: union of 8, 16, 32, 64 queries / k: " + ", ".join(f"{union[n] / union['k']:.2f}" for n in (8, 16, 32, 64)))
-            for stage, by in times.items():
-                binding = max(by, key=by.get)
-                print(f"  {stage:<16} ≥ {1e3 * by[binding]:8.3f} ms ({binding})   " + ", ".join(f"{r} {1e3 * t:.3f}" for r, t in by.items()), flush=True)
-            total = lambda *stages: 1e3 * sum(max(times[s].values()) for s in stages)
-            dense, gsa = ["dense attention"], ["scores", "select", "pack", "attend"]
-            for what in ("forward", "training step"):
-                print(f"  {what:<16} ≥ {total(*gsa):8.3f} ms, dense ≥ {total(*dense):8.3f} ms")
-                dense, gsa = dense + ["dense backward"], gsa + ["attend backward", "index loss"]
-    return dict(rows=rows)
+def _resources(cubin):
+    """Registers, bytes of stack and instructions of a binary, read by NVIDIA's cuobjdump."""
+    triton_folder = os.path.dirname(kernels.triton.__file__)
+    tool = os.path.join(triton_folder, "backends", "nvidia", "bin", "cuobjdump")
+
+    def dump(flag):
+        command = [tool, flag, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = dump("--dump-resource-usage")
+        assembly = dump("-sass")
+    # A line reads: /*0a30*/ @!P0 HGMMA.64x64x16.F32 R24, …
+    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)"
+    instructions = re.findall(instruction, assembly, re.MULTILINE)
+    return dict(registers=int(re.search(r"REG:(\d+)", usage)[1]),
+                stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+                instructions=dict(collections.Counter(instructions)))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# --data
-
-def real_text(path, size):
-    """JSON lines of about `size` bytes of text: the Python files of this installation, each once, then from the front again. Bytes of them all."""
-    found = {}
-    for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
-        for file in sorted(glob.glob(root + "/**/*.py", recursive=True)):
-            with open(file, encoding="utf-8", errors="ignore") as f:
-                found.setdefault(f.read())
-    written = 0
-    with open(path, "w") as f:
-        for text in itertools.cycle(t for t in found if t):
-            f.write(json.dumps({"text": text}) + "\n")
-            written += len(text.encode())
-            if written >= size:
-                return sum(len(t.encode()) for t in found)
-
-
-def encode_bare(path, tokenizer, part, parts, start):
-    """(bytes, seconds): every parts-th document of path through encode_to_numpy and nothing else, from the moment when all are ready."""
-    encoding, texts = Tokenizer(tokenizer).enc, [json.loads(line)["text"] for line in itertools.islice(open(path), part, None, parts)]
-    start.wait()
-    began = time.perf_counter()
-    for text in texts:
-        encoding.encode_to_numpy(text, disallowed_special=())
-    return sum(len(t.encode()) for t in texts), time.perf_counter() - began
-
-
-def usual_way(path, tokenizer, num_proc, folder):
-    """nanoGPT's: datasets.map, then all ids one after the other into a memmap."""
-    import datasets
-    datasets.disable_progress_bars()
-    encoder = Tokenizer(tokenizer)
-
-    def encode(row):
-        ids = encoder.enc.encode_ordinary(row["text"]) + [encoder.separator]
-        return {"ids": ids, "len": len(ids)}
-    data = datasets.load_dataset("json", data_files=path, split="train", cache_dir=folder).map(encode, remove_columns=["text"], num_proc=num_proc)
-    out = np.memmap(os.path.join(folder, "train.bin"), dtype=encoder.dtype, mode="w+", shape=(sum(data["len"]),))
-    at = 0
-    for i in range(n := min(1024, len(data))):
-        batch = np.concatenate(data.shard(n, i, contiguous=True).with_format("numpy")["ids"])
-        out[at:at + len(batch)] = batch
-        at += len(batch)
-    out.flush()
-
-
-def data(cfg):
-    """Rows of {what, seconds, mb_per_s, peak_mb}; peak_mb of all processes together."""
-    rows, n = [], cfg.threads
-    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Manager() as manager:
-        text, large = os.path.join(folder, "text.jsonl"), os.path.join(folder, "large.jsonl")
-        unique = real_text(text, cfg.megabytes * 10**6)
-        print(f"{cfg.megabytes} MB of Python source ({unique / 1e6:.0f} MB of it different), {n} processes, tokenizer {cfg.tokenizer}")
-
-        def row(what, size, seconds, peak):
-            rows.append(dict(what=what, seconds=seconds, mb_per_s=size / seconds / 1e6, peak_mb=peak))
-            print(f"{what:40}{seconds:8.1f} s{size / seconds / 1e6:8.1f} MB/s" + f"{peak:8.0f} MB of memory" * bool(peak), flush=True)
-
-        def prepare(what, source, tokenizer, megabytes):
-            os.sync()  # the input, just written, on its way to the disk would take the output's share of it
-            args = [f"--dataset={source}", f"--tokenizer={tokenizer}", f"--num_proc={n}", "--name=d", f"--data_dir={folder}"]
-            began = time.perf_counter()
-            process = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare.py"), *args],
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            peak = 0
-            while process.poll() is None:
-                peak = max(peak, resident(process.pid))
-                time.sleep(0.05)
-            if process.returncode:
-                raise UserError(process.stderr.read().strip().splitlines()[-1])
-            row(what, megabytes * 10**6, time.perf_counter() - began, peak)
-            shutil.rmtree(os.path.join(folder, "d"))
-        start = manager.Barrier(n)
-        with ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn")) as pool:
-            bare = list(pool.map(encode_bare, *zip(*[(text, cfg.tokenizer, i, n, start) for i in range(n)])))
-        row("ceiling: encode_to_numpy alone", sum(b for b, _ in bare), max(t for _, t in bare), 0)
-        prepare(f"prepare.py, {cfg.tokenizer}", text, cfg.tokenizer, cfg.megabytes)
-        began = time.perf_counter()
-        usual_way(text, cfg.tokenizer, n, folder)
-        row("datasets.map, then a memmap", cfg.megabytes * 10**6, time.perf_counter() - began, 0)
-        real_text(large, 10**9)
-        os.sync()
-        part, began = os.urandom(2 * 10**6), time.perf_counter()
-        with open(os.path.join(folder, "bare.bin"), "wb") as f:
-            for _ in range(1000):
-                f.write(part)
-            os.fsync(f.fileno())
-        row("ceiling: writing its ids alone", 10**9, time.perf_counter() - began, 0)
-        os.remove(f.name)
-        prepare("prepare.py, bytes, 10^9 of them", large, "bytes", 1000)
-    ratio = rows[1]["mb_per_s"] / rows[0]["mb_per_s"]
-    print(f"prepare.py reaches {ratio:.0%} of the ceiling and {rows[2]['seconds'] / rows[1]['seconds']:.1f} × the speed of the usual way")
-    return dict(rows=rows, of_ceiling=ratio)
-
-
-def resident(pid):
-    """Resident memory of a process and its descendants, MB (Linux)."""
-    total = 0
-    try:
-        with open(f"/proc/{pid}/statm") as f:
-            total = int(f.read().split()[1]) * resource.getpagesize() / 1e6
-        with open(f"/proc/{pid}/task/{pid}/children") as f:
-            total += sum(resident(int(child)) for child in f.read().split())
-    except OSError:  # it has ended
-        pass
-    return total
+def print_compile_report():
+    """python bench.py --compile: a line for every kernel, layer and GPU."""
+    if kernels.triton is None or kernels.INTERPRET:
+        raise UserError("--compile needs the package triton, and TRITON_INTERPRET unset")
+    print(f"compiled by Triton {kernels.triton.__version__}; nothing here was run")
+    print("kernel           dtype    GPU   H    d  registers  stack B  shared KB  "
+          "matrix unit      special functions")
+    for row in compile_report():
+        matrix = [name for name in row["instructions"]
+                  if name.startswith(("HGMMA", "UTCHMMA", "HMMA"))]
+        matrix = matrix[0] if matrix else ""
+        special = [f"{name.removeprefix('MUFU.')} {count}"
+                   for name, count in sorted(row["instructions"].items())
+                   if name.startswith("MUFU")]
+        print(f"{row['kernel']:<16}{row['dtype']:>6}  sm_{row['sm']:<3}{row['H']:>4}{row['d']:>5}"
+              f"{row['registers']:>11}{row['stack']:>9}{row['shared'] / 1024:>11.1f}  "
+              f"{matrix[:15]:<15}  {', '.join(special)}", flush=True)
 
 
 def main(argv):
     given = parse(BenchConfig, argv)
-    defaults = (GPU if given.get("gpu") else {}) | (DRY if given.get("dry_run") else {}) | (ROOFLINE if given.get("roofline") else {})
+    defaults = {}
+    for switch, settings in SWITCHES.items():
+        if given.get(switch):
+            defaults |= settings
     cfg = BenchConfig(**defaults | given)
-    if cfg.dry_run and not kernels.INTERPRET:  # Triton reads the variable when it is imported: start again with it
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
-    report = gpu(cfg) if cfg.gpu else data(cfg) if cfg.data else roofline(cfg) if cfg.roofline else cpu(cfg)
+    if cfg.compile:
+        print_compile_report()
+        return
+    if cfg.dry_run and not kernels.INTERPRET:
+        # Triton reads this variable when it is imported: start again with it
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+    report = roofline(cfg) if cfg.roofline else time_cases(cfg)
     line = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, **report))
-    print(line)
+    say(line)
     if cfg.json:
         with open(cfg.json, "w") as f:
             f.write(line + "\n")

@@ -15,7 +15,7 @@ import subprocess
 
 import torch
 
-import kernels
+import checks
 from configurator import UserError, mismatch, only_one, replacing, to_json
 from data import META, check_meta, differences, identity
 from model import GSA, GSAConfig
@@ -52,9 +52,9 @@ def precision(device, dtype):
 
 
 def check_backend(backend, device):
-    """Refuse a path of kernels.py that cannot run on the device. Raises UserError."""
+    """Refuse a path of the attention that cannot run on the device. Raises UserError."""
     try:
-        kernels.check_backend(backend, torch.empty(0, device=device))
+        checks.resolve_backend(backend, torch.empty(0, device=device))
     except ValueError as e:
         raise UserError(str(e)) from None
 

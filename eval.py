@@ -23,10 +23,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from attention import attention_probabilities, document_starts, select
 from checkpoint import (check_dtype, check_vocabulary, find_data, load_model, precision, read_log,
                         use_device)
 from configurator import UserError, check_ranges, duration, parse, replacing, run, say, to_json
 from data import Batches, Data, check_ids, open_tokenizer, passkey_line, random_passkey
+from model import KVCache
 from pictures import draw_results, draw_selection, save_picture
 
 
@@ -128,8 +130,8 @@ def perplexity(model, ids, separator, token_lengths, stride, batch_size, doc_mas
             targets = rows[:, 1:].clone()  # (B, T)
             for row, (_, skip) in zip(targets, batch):
                 row[:skip] = -1
-            doc = (idx == separator).cumsum(1) if doc_mask else None
-            logits = model(idx, doc=doc, stats=False).logits  # (B, T, V)
+            doc_start = document_starts(idx, separator) if doc_mask else None
+            logits = model(idx, doc_start=doc_start).logits  # (B, T, V)
             total += F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
                                      ignore_index=-1, reduction="sum").item()
             progress.step()
@@ -203,7 +205,7 @@ def score_keys(model, prompts, keys, device):
         row[:len(key)] = torch.as_tensor(key.astype(np.int64))
     # 2. each prompt once, then its K keys on copies of its cache
     idx = torch.from_numpy(np.stack(prompts).astype(np.int64)).to(device)  # (n, T)
-    cache = model.new_cache(n, idx.size(1) + longest)
+    cache = KVCache(n, idx.size(1) + longest, device)
     x = model.trunk(idx, cache=cache)[0][:, -1:]  # (n, 1, C)
     x = x.repeat_interleave(K, 0)  # (n·K, 1, C)
     if longest > 1:
@@ -262,13 +264,13 @@ def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, b
 @torch.no_grad()
 def attention(model, ids, separator, batch_size, doc_mask=True, device="cpu"):
     """
-    Attention.stats per layer on batch_size windows spread over ids: {name: [value per layer]}.
+    Attention.measure per layer on batch_size windows spread over ids: {name: [value per layer]}.
     """
-    batches = Batches(ids, model.config.block_size, batch_size, separator, 0, doc_mask)
-    idx, _, doc = batches.evaluation(0, 1, device)
+    idx, _ = Batches(ids, model.config.block_size, batch_size, 0).evaluation(0, 1, device)
+    doc_start = document_starts(idx, separator) if doc_mask else None
     with Progress("attention statistics", len(model.blocks)) as progress:
         hooks = [block.register_forward_hook(lambda *_: progress.step()) for block in model.blocks]
-        stats = model(idx, doc=doc, stats=True).stats
+        stats = model(idx, doc_start=doc_start, stats=True).stats
         for hook in hooks:
             hook.remove()
     return {name: value.tolist() for name, value in stats.items()}
@@ -291,8 +293,11 @@ def last_query(model, ids, device="cpu"):
         hook.remove()
     layers = []
     for attn, h, visible in seen:
-        mass, selected = attn.attended(h, visible)  # (1, T, T) each
-        layers.append((mass[0, -1].cpu().numpy(), selected[0, -1].cpu().numpy()))
+        q, k = attn.queries_and_keys(h, visible.pos)
+        p, _ = attention_probabilities(q, k, visible.mask())  # (1, T, H, T)
+        index = attn.indexer(h, visible.pos)
+        selection = select(index, visible, attn.indexer.budget(), attn.backend)
+        layers.append((p[0, -1].mean(0).cpu().numpy(), selection.mask()[0, -1].cpu().numpy()))
     return layers
 
 

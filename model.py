@@ -1,16 +1,18 @@
 """
-Gated Sparse Attention (GSA, arXiv 2601.15305): a Llama-style decoder whose attention layer is the paper's.
-Read it from Gate and Indexer upwards to GSA; the computations without parameters are in kernels.py.
+A Llama-style decoder with Gated Sparse Attention (GSA, arXiv 2601.15305) in every layer.
+Read downwards: Gate, Indexer, Attention, GSA. Then read attention.py: the two are the paper.
 
-    config = GSAConfig.arm("gsa", vocab_size=257, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, block_size=512)
-    out = GSA(config)(idx, targets)       # out.logits, out.loss, out.index_loss, out.stats
+    config = GSAConfig.arm("gsa", vocab_size=257, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
+                           block_size=512)
+    out = GSA(config)(idx, targets)  # out.logits, out.loss, out.index_loss
 
-Four arms, the same code with switches: dense (neither), gated (gates only), sparse (DeepSeek's DSA: ReLU indexer, fixed
-k), gsa (all). With every switch off the layer is plain causal attention.
+Four arms are the same code with other switches: dense (plain causal attention), gated (gates only),
+sparse (DeepSeek's DSA: ReLU indexer, fixed k, no gates), gsa (everything).
 
-Symbols  B batch   T query positions   S key positions   C model width   H query heads   G key/value heads (H % G == 0)
-         d head width   Hi indexer heads   di indexer width   k_t budget of query t   S_t its keys   σ sigmoid
-Layout   (B, T, H, d) everywhere. Masks: True = attend. Invalid index: -1.
+Symbols  B batch, T query positions, S key positions, C model width, H query heads,
+         G key/value heads (H % G == 0), d head width, Hi indexer heads, di indexer width,
+         k_t budget of query t, S_t its selected keys, σ sigmoid
+Layout   (B, T, H, d) everywhere, attention matrices (B, T, H, S). Masks: True = attend.
 """
 import math
 from dataclasses import dataclass, field, fields
@@ -21,12 +23,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
+import attention
+from checks import resolve_backend
+from tiled import attention_report
 
 ARMS = {
     "dense": dict(sparse=False, value_gate=False, output_gate=False),
     "gated": dict(sparse=False, value_gate=True, output_gate=True),
-    "sparse": dict(sparse=True, value_gate=False, output_gate=False, index_activation="relu", k_rule="fixed"),
+    "sparse": dict(sparse=True, value_gate=False, output_gate=False, index_activation="relu",
+                   k_rule="fixed"),
     "gsa": dict(sparse=True, value_gate=True, output_gate=True, index_activation="sigmoid"),
 }
 
@@ -41,12 +46,12 @@ class GSAConfig:
     n_embd: int = 768  # C
     rope_base: float = 10000.0
     sparse: bool = True  # attend to selected keys only; False = to every key
-    value_gate: bool = True  # G2, Eq. 9
-    output_gate: bool = True  # G1, Eq. 10
+    value_gate: bool = True  # Eq. 9
+    output_gate: bool = True  # Eq. 10
     gate_bias_init: float = 0.5  # σ(0.5) = 0.62
     n_index_head: int = 4  # Hi
     d_index: int = 64  # di
-    index_activation: str = "sigmoid"  # "relu" is DeepSeek's DSA indexer
+    index_activation: str = "sigmoid"  # "relu": the indexer of DeepSeek's DSA
     index_rope: bool = True  # DEVIATION: the official indexer ignores positions
     k_rule: str = "inverse"  # "eq8": the formula as printed; "fixed": k_base
     k_base: int = 512
@@ -56,36 +61,41 @@ class GSAConfig:
     n_local: int = 0  # last keys, the query's own included, always selected
 
     @classmethod
-    def arm(cls, name, **dims):
-        """The config of one of the four arms (ARMS) with the given dimensions; dims may override its switches."""
+    def arm(cls, name, **settings):
+        """The config of one of the four arms (ARMS); settings may override its switches."""
         if name not in ARMS:
             raise ValueError(f"arm {name!r} is not one of {', '.join(ARMS)}")
-        return cls(**{**ARMS[name], **dims})
+        return cls(**{**ARMS[name], **settings})
 
     def __post_init__(self):
-        def need(ok, message):
-            if not ok:
-                raise ValueError(message)
         for f in fields(self):
             value = getattr(self, f.name)
             number = isinstance(value, Real) and not isinstance(value, bool)
-            if f.type is int:
-                least = 0 if f.name in ("n_sink", "n_local") else 1
-                need(number and isinstance(value, Integral) and value >= least,
-                     f"{f.name} is {value!r}, must be an integer of at least {least}")
-            if f.type is float:
-                need(number and -math.inf < value < math.inf,
-                     f"{f.name} is {value!r}, must be a finite number")
-        need(self.rope_base > 0, f"rope_base is {self.rope_base}, must be positive")
-        need(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        need(self.n_head % self.n_kv_head == 0, f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        need(self.n_embd // self.n_head % 2 == 0, f"head width {self.n_embd // self.n_head} is odd: RoPE rotates pairs")
-        need(self.d_index % 2 == 0, f"d_index {self.d_index} is odd: RoPE rotates pairs")
-        need(self.index_activation in ("sigmoid", "relu"), f"index_activation {self.index_activation!r} is not sigmoid or relu")
-        need(self.k_rule in ("inverse", "eq8", "fixed"), f"k_rule {self.k_rule!r} is not one of inverse, eq8, fixed")
-        need(self.k_min <= self.k_max, f"k_min {self.k_min} is larger than k_max {self.k_max}")
-        need(self.n_sink + max(1, self.n_local) <= self.k_min,
-             f"k_min {self.k_min} has no room for the {self.n_sink} + {max(1, self.n_local)} forced keys (n_sink, n_local)")
+            least = 0 if f.name in ("n_sink", "n_local") else 1
+            if f.type is int and not (number and isinstance(value, Integral) and value >= least):
+                raise ValueError(f"{f.name} is {value!r}, must be an integer of at least {least}")
+            if f.type is float and not (number and math.isfinite(value)):
+                raise ValueError(f"{f.name} is {value!r}, must be a finite number")
+        if self.rope_base <= 0:
+            raise ValueError(f"rope_base is {self.rope_base}, must be positive")
+        for name, factor in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
+            a, b = getattr(self, name), getattr(self, factor)
+            if a % b:
+                raise ValueError(f"{name} {a} is not a multiple of {factor} {b}")
+        for name, width in (("head width", self.d_head), ("d_index", self.d_index)):
+            if width % 2:
+                raise ValueError(f"{name} {width} is odd: RoPE rotates pairs")
+        for name, known in (("index_activation", ("sigmoid", "relu")),
+                            ("k_rule", attention.K_RULES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min {self.k_min} is larger than k_max {self.k_max}")
+        forced = self.n_sink + max(1, self.n_local)
+        if forced > self.k_min:
+            raise ValueError(f"k_min {self.k_min} has no room for the {forced} forced keys "
+                             "(n_sink, n_local)")
 
     @property
     def d_head(self):
@@ -94,78 +104,72 @@ class GSAConfig:
 
 @dataclass
 class GSAOutput:
-    """loss and index_loss are None without targets, index_loss also without an indexer."""
     logits: Tensor  # (B, T, vocab_size)
-    loss: Tensor | None = None  # (), mean cross-entropy in nats per token
-    index_loss: Tensor | None = None  # (), KL in nats per query, summed over the layers
-    stats: dict = field(default_factory=dict)  # name -> (n_layer,), see Attention.stats
+    loss: Tensor | None  # scalar, mean cross-entropy in nats per token; None without targets
+    # scalar, KL in nats per query, summed over the layers; 0 without targets or indexer.
+    # Training minimises loss + index_loss_weight · index_loss
+    index_loss: Tensor
+    stats: dict = field(default_factory=dict)  # name -> (n_layer,), see Attention.measure
 
 
 class KVCache:
     """
-    Keys and values of every layer, the indexer's keys beside them. Rows may have different lengths.
-    dtype is that of k and v, index_dtype that of k_index (default dtype). GSA.new_cache knows both.
+    Keys, gated values and indexer keys of B rows of up to size tokens.
+    Rows may have different lengths: pad prompts on the right, run the model, then set `length`.
+    The next tokens overwrite the padding, and until then no token sees it.
     """
 
-    def __init__(self, config, B, size, device=None, dtype=None, index_dtype=None):
-        def empty(dtype, *shape):
-            return [torch.zeros(B, size, *shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.k = empty(dtype, config.n_kv_head, config.d_head)  # n_layer × (B, S, G, d)
-        self.v = empty(dtype, config.n_kv_head, config.d_head)  # n_layer × (B, S, G, d)
-        self.k_index = [None] * config.n_layer
-        if config.sparse:
-            self.k_index = empty(index_dtype or dtype, config.d_index)  # n_layer × (B, S, di)
-        self.doc, self.start = torch.zeros(2, B, size, dtype=torch.long, device=device)  # document and its first position
-        self.length = torch.zeros(B, dtype=torch.long, device=device)  # tokens held, per row
+    def __init__(self, B, size, device=None):
+        self.length = torch.zeros(B, dtype=torch.long, device=device)  # (B,), tokens held
         self.size = size
+        self.buffers = {}  # (layer, name) -> (B, size, ...), in the dtype of what was written first
+
+    def write(self, layer, name, pos, x):
+        """Put x (B, T, ...) at positions pos (B, T). Returns the whole buffer (B, size, ...)."""
+        if (layer, name) not in self.buffers:
+            self.buffers[layer, name] = x.new_zeros(len(x), self.size, *x.shape[2:])
+        buffer = self.buffers[layer, name]
+        row = torch.arange(len(x), device=x.device)[:, None]  # (B, 1)
+        buffer[row, pos] = x.to(buffer.dtype)
+        return buffer
 
     def repeat(self, n):
         """Repeat every row n times, in place, to continue one prompt in n ways."""
-        twice = lambda x: None if x is None else x.repeat_interleave(n, 0)
-        self.k, self.v, self.k_index = ([twice(x) for x in xs] for xs in (self.k, self.v, self.k_index))
-        self.doc, self.start, self.length = twice(self.doc), twice(self.start), twice(self.length)
-
-    def document_starts(self, doc, pos):
-        """Note the documents doc (B, T) at positions pos (B, T), which follow what the cache holds; their starts, (B, T)."""
-        last = (self.length - 1).clamp(min=0)[:, None]
-        last_doc, last_start = (x.gather(1, last)[:, 0] for x in (self.doc, self.start))
-        start = kernels.document_starts(doc, pos, last_doc, torch.where(self.length > 0, last_start, 0))
-        self.write(self.doc, pos, doc)
-        self.write(self.start, pos, start)
-        return start
-
-    @staticmethod
-    def write(buffer, pos, x):
-        """Put x (B, T, ...) at positions pos (B, T) of buffer (B, S, ...) and return the buffer."""
-        buffer[torch.arange(len(x), device=x.device)[:, None], pos] = x.to(buffer.dtype)
-        return buffer
+        self.buffers = {key: x.repeat_interleave(n, 0) for key, x in self.buffers.items()}
+        self.length = self.length.repeat_interleave(n, 0)
 
 
 class RMSNorm(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        self.weight = nn.Parameter(torch.empty(width))  # filled by GSA.init_weights
 
     def forward(self, x):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-6)
 
 
-def rope(x, cos, sin):
-    """Rotary position embedding (RoFormer), halves rotated against each other. x (B, T, H, d); cos, sin (1 or B, T, 1, d/2)."""
-    a, b = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+class RoPE(nn.Module):
+    """Rotary position embedding (RoFormer): the two halves of a head, rotated in pairs."""
 
+    def __init__(self, block_size, width, base):
+        super().__init__()
+        # float64: a float32 angle of 1e5 would be wrong by 4e-3
+        speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (width/2,)
+        pos = torch.arange(block_size, dtype=torch.float64)
+        angle = pos[:, None, None] * speed  # (block_size, 1, width/2)
+        self.register_buffer("cos", angle.cos().float(), persistent=False)
+        self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-def rope_tables(block_size, width, base):
-    """cos and sin (block_size, 1, width/2). A float32 angle of 1e5 would be wrong by 4e-3."""
-    speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (width/2,)
-    angle = torch.arange(block_size, dtype=torch.float64)[:, None] * speed  # (block_size, width/2)
-    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+    def forward(self, x, pos):
+        """x (B, T, H, width) at positions pos (1 or B, T)."""
+        cos = self.cos[pos].to(x.dtype)  # (1 or B, T, 1, width/2)
+        sin = self.sin[pos].to(x.dtype)
+        x1, x2 = x.chunk(2, -1)  # (B, T, H, width/2)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
 class Gate(nn.Module):
-    """σ(h W + b), elementwise (Eqs. 9 and 10). h (B, T, C) -> (B, T, width)."""
+    """σ(h W + b), elementwise (Eqs. 9 and 10): h (B, T, C) -> (B, T, width)."""
 
     def __init__(self, n_embd, width):
         super().__init__()
@@ -176,144 +180,177 @@ class Gate(nn.Module):
 
 
 class Indexer(nn.Module):
-    """The gated lightning indexer (Eq. 7) and the running average V̄ its budget is measured against."""
+    """
+    The projections of the gated lightning indexer, which attention.index_scores puts together
+    (Eq. 7), and the average V̄ that its budget compares with (Eq. 8). V̄ stays 0, and every query
+    counts as average, until GSA.update_var_avg is called after a training step.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        Hi, di = config.n_index_head, config.d_index
-        self.wq = nn.Linear(config.n_embd, Hi * di, bias=False)
-        self.wk = nn.Linear(config.n_embd, di, bias=False)
-        self.ww = nn.Linear(config.n_embd, Hi)
+        C, Hi, di = config.n_embd, config.n_index_head, config.d_index
+        self.wq = nn.Linear(C, Hi * di, bias=False)
+        self.wk = nn.Linear(C, di, bias=False)
+        self.ww = nn.Linear(C, Hi)
         if config.index_activation == "sigmoid":
             self.b = nn.Parameter(torch.empty(Hi))
         else:
             self.register_buffer("b", torch.zeros(Hi), persistent=False)
-        self.log_tau = nn.Parameter(torch.empty(()))
+        self.log_tau = nn.Parameter(torch.empty(()))  # scalar; all parameters: see init_weights
         self.register_buffer("var_avg", torch.zeros(()))  # V̄, 0 = nothing averaged yet
-        self.register_buffer("var_seen", torch.zeros(2), persistent=False)  # Σ and count of batch means since the last update
-        for name, table in zip(("cos", "sin"), rope_tables(config.block_size, di, config.rope_base)):
-            self.register_buffer(name, table, persistent=False)
+        # Sum and number of the batch means of Var_t since V̄ was last updated
+        self.register_buffer("var_seen", torch.zeros(2), persistent=False)
+        self.rope = RoPE(config.block_size, di, config.rope_base)
 
     def forward(self, h, pos):
-        """h (B, T, C), pos (1 or B, T) -> kernels.Index of these T positions, in fp32 also under autocast."""
+        """
+        h (B, T, C), pos (1 or B, T) -> attention.Index of these T positions, in the parameters'
+        dtype also under autocast: in 16 bits too many scores would be equal.
+        """
         B, T, _ = h.shape
         Hi, di = self.config.n_index_head, self.config.d_index
-        h = h.detach()  # the indexer learns from its own loss only, and the model not from the indexer's
-        q, k, w = self.wq(h).view(B, T, Hi, di), self.wk(h).view(B, T, 1, di), self.ww(h)
+        h = h.detach()  # the index loss does not change the model (and select has no gradient)
+        q = self.wq(h).view(B, T, Hi, di)
+        k = self.wk(h).view(B, T, 1, di)  # one key for all indexer heads
+        w = self.ww(h)  # (B, T, Hi)
         q, k, w = (x.to(self.log_tau.dtype) for x in (q, k, w))
-        if self.config.index_rope:  # DEVIATION: attention mass caught 0.84 with, 0.48 without (README)
-            q, k = rope(q, self.cos[pos], self.sin[pos]), rope(k, self.cos[pos], self.sin[pos])
+        if self.config.index_rope:  # DEVIATION: attention mass caught 0.84 with, 0.48 without
+            q, k = self.rope(q, pos), self.rope(k, pos)
         if self.config.index_activation == "sigmoid":
             w = w.sigmoid()
-        return kernels.Index(q, k[:, :, 0], w, self.b, self.config.index_activation)
+        return attention.Index(q, k[:, :, 0], w, self.b, self.config.index_activation)
 
     def budget(self):
         c = self.config
-        return kernels.Budget(c.k_rule, c.k_base, c.k_min, c.k_max, c.n_sink, c.n_local, self.var_avg)
+        return attention.Budget(c.k_rule, c.k_base, c.k_min, c.k_max, c.n_sink, c.n_local,
+                                self.var_avg)
+
+    def observe(self, var):
+        """Note Var_t (B, T) of a training batch, for GSA.update_var_avg."""
+        self.var_seen[0] += var.mean()
+        self.var_seen[1] += 1
+
+
+def dense_attention(q, k, v, visible):
+    """Attention over every visible key: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
+    mask = None
+    if not visible.plain:
+        k, v = k[:, :visible.n_used], v[:, :visible.n_used]
+        mask = visible.mask(end=visible.n_used)[:, None]  # (1 or B, 1, T, n_used)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, d)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                       enable_gqa=q.size(1) != k.size(1))
+    return o.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """One GSA layer (SPEC order: projections, value gate, indexer, selection, attention, output gate, projection)."""
+    """One attention layer. With every switch off it is plain causal attention."""
 
-    def __init__(self, config, backend):
+    def __init__(self, config, backend, layer):
         super().__init__()
         self.config, self.backend = config, backend
-        C, d = config.n_embd, config.d_head
-        self.wq = nn.Linear(C, config.n_head * d, bias=False)
-        self.wk = nn.Linear(C, config.n_kv_head * d, bias=False)
-        self.wv = nn.Linear(C, config.n_kv_head * d, bias=False)
-        self.wo = nn.Linear(config.n_head * d, C, bias=False)
-        self.value_gate = Gate(C, config.n_kv_head * d) if config.value_gate else None
-        self.output_gate = Gate(C, config.n_head * d) if config.output_gate else None
+        self.layer = layer  # its number, the key of its cache
+        C, H, G, d = config.n_embd, config.n_head, config.n_kv_head, config.d_head
+        self.wq = nn.Linear(C, H * d, bias=False)
+        self.wk = nn.Linear(C, G * d, bias=False)
+        self.wv = nn.Linear(C, G * d, bias=False)
+        self.wo = nn.Linear(H * d, C, bias=False)
+        self.value_gate = Gate(C, G * d) if config.value_gate else None
+        self.output_gate = Gate(C, H * d) if config.output_gate else None
         self.indexer = Indexer(config) if config.sparse else None
-        for name, table in zip(("cos", "sin"), rope_tables(config.block_size, d, config.rope_base)):
-            self.register_buffer(name, table, persistent=False)
+        self.rope = RoPE(config.block_size, d, config.rope_base)
 
-    def forward(self, h, visible, cache=None, layer=0, warmup=False, want_loss=False, want_stats=False):
+    def queries_and_keys(self, h, pos):
+        """h (B, T, C), pos (1 or B, T) -> q (B, T, H, d), k (B, T, G, d)."""
+        B, T, _ = h.shape
+        q = self.wq(h).view(B, T, self.config.n_head, self.config.d_head)
+        k = self.wk(h).view(B, T, self.config.n_kv_head, self.config.d_head)
+        return self.rope(q, pos), self.rope(k, pos)
+
+    def forward(self, h, visible, cache=None, warmup=False, want_loss=False, want_stats=False):
         """
-        h (B, T, C) normalised input -> (B, T, C), index loss () or None, stats dict.
-        warmup: attend to every visible key (the indexer's phase 1).
+        h (B, T, C), normalised input -> output (B, T, C), index loss (scalar), stats (a dict).
+        warmup: phase 1 of the indexer's training, in which attention is dense.
         """
-        B, T, C = h.shape
-        H, G, d = self.config.n_head, self.config.n_kv_head, self.config.d_head
-        pos, kernel = visible.pos, self.backend
-        q = self.wq(h).view(B, T, H, d)
-        k = self.wk(h).view(B, T, G, d)
-        v = self.wv(h)  # (B, T, G·d)
-        q, k = rope(q, self.cos[pos], self.sin[pos]), rope(k, self.cos[pos], self.sin[pos])
+        B, T, _ = h.shape
+        G, d = self.config.n_kv_head, self.config.d_head
+        pos = visible.pos
         gates = {}
-        if self.value_gate:
+        # 1. queries, keys, gated values
+        q, k = self.queries_and_keys(h, pos)
+        v = self.wv(h)  # (B, T, G·d)
+        if self.value_gate is not None:
             gates["value_gate"] = self.value_gate(h)
             v = v * gates["value_gate"]  # Eq. 9
         v = v.view(B, T, G, d)
         if cache is not None:
-            at = pos.expand(B, T)
-            k, v = cache.write(cache.k[layer], at, k), cache.write(cache.v[layer], at, v)  # (B, S, G, d)
-
-        index_loss = selection = None
-        if self.indexer:
+            k = cache.write(self.layer, "k", pos, k)  # (B, S, G, d)
+            v = cache.write(self.layer, "v", pos, v)
+        # 2. attention
+        index_loss = torch.zeros((), device=h.device)
+        selection = None
+        if self.indexer is None:
+            o = dense_attention(q, k, v, visible)  # (B, T, H, d)
+        else:
             index = self.indexer(h, pos)
             if cache is not None:
-                index = index._replace(k=cache.write(cache.k_index[layer], at, index.k))
-            budget = self.indexer.budget()
-            if warmup and not want_stats:
-                budget = budget._replace(k_min=1, k_max=1)  # only Var_t is used: spare the top-k
-            selection = kernels.select(index, visible, budget, kernel)  # Eqs. 7, 8
-            if self.training:
-                self.indexer.var_seen += torch.stack((selection.var.mean(), torch.ones_like(selection.var[0, 0]))).float()
-            attended = kernels.Selection.everything(visible, B) if warmup else selection
-            o, lse = kernels.sparse_attention(q, k, v, attended, kernel)  # (B, T, H, d)
+                index = index._replace(k=cache.write(self.layer, "k_index", pos, index.k))
+            attended, selection = self.choose_keys(index, visible, warmup, want_stats)
+            o, lse = attention.sparse_attention(q, k, v, attended, self.backend)
             if want_loss:
-                index_loss = kernels.index_loss(q, k, lse, index, self.indexer.log_tau, attended, kernel)
-        else:
-            keys, mask = slice(None), None
-            if not visible.plain:
-                keys, mask = visible.whole.keys, visible.mask(visible.whole)[:, None]
-            o = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k[:, keys], v[:, keys])), attn_mask=mask,
-                                               is_causal=mask is None, enable_gqa=H != G).transpose(1, 2)
-        o = o.reshape(B, T, H * d)
-        if self.output_gate:
+                index_loss = attention.index_loss(q, k, lse, index, self.indexer.log_tau, attended,
+                                                  self.backend)
+        # 3. gated output
+        o = o.reshape(B, T, -1)  # (B, T, H·d)
+        if self.output_gate is not None:
             gates["output_gate"] = self.output_gate(h)
             o = o * gates["output_gate"]  # Eq. 10
-        stats = self.stats(q, k, visible, selection, warmup, gates) if want_stats else {}
+        stats = self.measure(q, k, visible, selection, warmup, gates) if want_stats else {}
         return self.wo(o), index_loss, stats
 
-    @torch.no_grad()
-    def attended(self, h, visible):
+    def choose_keys(self, index, visible, warmup, want_stats):
         """
-        Where full attention would look, and what the indexer selects. For pictures: O(T·S) memory.
-        h (B, T, C) -> mass (B, T, S), full attention's mean over the heads; selected (B, T, S) bool.
+        Returns two Selections: the keys that attention uses and those that the indexer selects.
+        They differ in warm-up, where attention uses every visible key.
         """
-        B, T, _ = h.shape
-        H, G, d = self.config.n_head, self.config.n_kv_head, self.config.d_head
-        cos, sin = self.cos[visible.pos], self.sin[visible.pos]
-        q = rope(self.wq(h).view(B, T, H, d), cos, sin)  # (B, T, H, d)
-        k = rope(self.wk(h).view(B, T, G, d), cos, sin)  # (B, S, G, d)
-        k = k.repeat_interleave(H // G, 2)  # (B, S, H, d)
-        s = torch.einsum("bthd,bshd->bhts", q, k).float() / math.sqrt(d)  # (B, H, T, S)
-        s = s.masked_fill(~visible.mask()[:, None], -math.inf)  # (B, H, T, S)
-        index = self.indexer(h, visible.pos)
-        selection = kernels.select(index, visible, self.indexer.budget(), self.backend)
-        return s.softmax(-1).mean(1), selection.mask()
+        budget = self.indexer.budget()
+        everything = attention.Selection.everything(visible, len(index.q))
+        observed = self.training and budget.adaptive
+        short = not self.training and visible.max_visible <= budget.k_min
+        if want_stats or not (warmup or short):
+            selection = attention.select(index, visible, budget, self.backend)  # Eqs. 7, 8
+            var = selection.var
+        else:
+            # In warm-up nothing needs the selected keys. In a short context this is exact: who
+            # sees at most k_min keys selects them all, whatever their scores are
+            selection = everything
+            if observed:
+                var = attention.score_variance(index, visible, self.backend)
+        if observed:
+            self.indexer.observe(var)
+        if warmup:
+            return everything, selection
+        return selection, selection
 
     @torch.no_grad()
-    def stats(self, q, k, visible, selection, warmup, gates):
+    def measure(self, q, k, visible, selection, warmup, gates):
         """
-        What the layer did, each (): k_t, var_ratio (Var/V̄), recall, recall_best and first_token of
-        kernels.attention_report, mean of each gate. In warm-up the recall is that of the keys it would have selected.
+        What the layer did, as scalars: the mean of each gate and tiled.attention_report's
+        first_token; with an indexer also recall, recall_best, k_t and var_ratio (Var_t / V̄). In
+        warm-up these four are those of the keys that the indexer would select.
         """
-        stats = {name: g.mean() for name, g in gates.items()}
-        if selection:
-            stats["k_t"] = selection.budget.float().mean()
-            stats["var_ratio"] = selection.var.mean() / self.indexer.var_avg.clamp(min=1e-30)
-        everything = kernels.Selection.everything(visible, q.size(0))
-        report = kernels.attention_report(q, k, selection or everything)
-        if selection is None:
-            report = {"first_token": report["first_token"]}
-        elif warmup:
-            report["first_token"] = kernels.attention_report(q, k, everything)["first_token"]
-        return {**stats, **report}
+        stats = {name: gate.mean() for name, gate in gates.items()}
+        if selection is not None:
+            var_avg = self.indexer.var_avg
+            ratio = selection.var.mean() / var_avg.clamp(min=1e-30)
+            stats["k_t"] = selection.k_t.float().mean()
+            stats["var_ratio"] = torch.where(var_avg > 0, ratio, 1.0)
+            stats |= attention_report(q, k, selection)
+        if selection is None or warmup:  # attention was dense
+            everything = attention.Selection.everything(visible, len(q))
+            stats["first_token"] = attention_report(q, k, everything)["first_token"]
+        return stats
 
 
 class MLP(nn.Module):
@@ -321,7 +358,7 @@ class MLP(nn.Module):
 
     def __init__(self, n_embd):
         super().__init__()
-        hidden = -(-8 * n_embd // 3 // 32) * 32
+        hidden = (8 * n_embd + 95) // 96 * 32
         self.gate_up = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, n_embd, bias=False)
 
@@ -331,12 +368,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, backend):
+    def __init__(self, config, backend, layer):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
-        self.attn, self.mlp = Attention(config, backend), MLP(config.n_embd)
+        self.attn, self.mlp = Attention(config, backend, layer), MLP(config.n_embd)
 
     def forward(self, x, visible, **how):
+        """how: the other arguments of Attention.forward, whose results this returns."""
         a, index_loss, stats = self.attn(self.norm1(x), visible, **how)
         x = x + a
         x = x + self.mlp(self.norm2(x))
@@ -346,242 +384,133 @@ class Block(nn.Module):
 
 
 class GSA(nn.Module):
-    """The language model. backend: the path of kernels.py that computes the attention."""
+    """The language model. backend: the path that computes the attention, see attention.py."""
 
     def __init__(self, config, backend="auto"):
         super().__init__()
-        kernels.check_backend(backend)
+        resolve_backend(backend)
         self.config = config
-        self.rows = -(-config.vocab_size // 64) * 64  # embedding rows, padded for the matrix units; never output
-        self.embed = nn.Embedding(self.rows, config.n_embd)  # tied: also the output projection
-        self.blocks = nn.ModuleList(Block(config, backend) for _ in range(config.n_layer))
+        # Rows of the embedding, padded for the matrix units; the extra ones are never output
+        rows = (config.vocab_size + 63) // 64 * 64
+        self.embed = nn.Embedding(rows, config.n_embd)  # also the output projection
+        self.blocks = nn.ModuleList(Block(config, backend, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        parameter                        initial value
-        embed, every projection          N(0, 1/√C): outputs of size 1 at any width. GPT-2's 0.02 is the same at C = 2500,
-                                         but at C = 128 it delays retrieval beyond a million tokens (LOG.md)
-        wo, mlp.down                     N(0, 1/√(2·C·n_layer)): the residual stream does not grow with depth
-        gate weights                     a tenth of that; gate biases gate_bias_init, so gates start equal and half open
-        indexer.ww bias, .b              0; the ReLU indexer's ww bias 1/Hi, since w = 0 would stop every gradient
-        indexer.log_tau                  log 4
-        norms                            1
+        parameter               initial value; N(mean, standard deviation)
+        gates: weight           N(0, 0.1/√C): all gates start nearly equal,
+               bias             gate_bias_init: half open
+        wo, mlp.down            N(0, 1/√(2·C·n_layer)): the residual stream does not grow with depth
+        embed, other matrices   N(0, 1/√C): outputs of size 1 at any width. GPT-2's 0.02 is the
+                                same at C = 2500; at C = 128 it delays retrieval (LOG.md)
+        indexer: ww's bias      0; for the ReLU indexer 1/Hi: its heads' mean weights add up to 1
+                 b              0
+                 log_tau        log 4
+        norms                   1
         """
-        c, std = self.config, self.config.n_embd ** -0.5
-        done = set()
+        c = self.config
+        std = c.n_embd ** -0.5
+        ww_bias = 0.0 if c.index_activation == "sigmoid" else 1 / c.n_index_head
+        table = (  # the last two parts of a parameter's name, and how it is filled
+            ("proj.weight", nn.init.normal_, 0.0, 0.1 * std),
+            ("proj.bias", nn.init.constant_, c.gate_bias_init),
+            ("wo.weight down.weight", nn.init.normal_, 0.0, std / math.sqrt(2 * c.n_layer)),
+            ("embed.weight wq.weight wk.weight wv.weight ww.weight gate_up.weight",
+             nn.init.normal_, 0.0, std),
+            ("ww.bias", nn.init.constant_, ww_bias),
+            ("indexer.b", nn.init.constant_, 0.0),
+            ("indexer.log_tau", nn.init.constant_, math.log(4)),
+            ("norm1.weight norm2.weight norm.weight", nn.init.constant_, 1.0),
+        )
+        filled = []
+        for names, fill, *numbers in table:
+            for name, p in self.named_parameters():
+                if ".".join(name.split(".")[-2:]) in names.split():
+                    fill(p, *numbers)
+                    filled.append(name)
+        assert sorted(filled) == sorted(name for name, _ in self.named_parameters())
 
-        def put(module, prefix, suffixes, fill):
-            for name, p in module.named_parameters():
-                if name.endswith(suffixes) and prefix in name and name not in done:
-                    fill(p)
-                    done.add(name)
-        normal = lambda std: lambda p: nn.init.normal_(p, 0.0, std)
-        constant = lambda value: lambda p: nn.init.constant_(p, value)
-        put(self, "indexer", ("log_tau",), constant(math.log(4)))
-        put(self, "indexer", ("ww.bias",), constant(0.0 if c.index_activation == "sigmoid" else 1 / c.n_index_head))
-        put(self, "indexer", (".b",), constant(0.0))
-        put(self, "_gate", (".weight",), normal(0.1 * std))
-        put(self, "_gate", (".bias",), constant(c.gate_bias_init))
-        put(self, "norm", (".weight",), constant(1.0))
-        put(self, "", ("wo.weight", "down.weight"), normal(std / math.sqrt(2 * c.n_layer)))
-        put(self, "", (".weight",), normal(std))
-        missed = {name for name, _ in self.named_parameters()} - done
-        assert not missed, f"not initialised: {missed}"
-
-    def trunk(self, idx, doc=None, cache=None, warmup=False, want_loss=False, want_stats=False):
-        """idx (B, T) -> normalised final hidden states (B, T, C), index loss summed over layers or None, stats dict."""
+    def trunk(self, idx, doc_start=None, cache=None, warmup=False, want_loss=False,
+              want_stats=False):
+        """
+        forward without the output projection, which sample.py and eval.py need for a few tokens
+        only: idx (B, T) -> normalised hidden states (B, T, C), index loss (scalar), stats.
+        """
+        # 1. what each token may see
         if idx.dim() != 2 or idx.numel() == 0:
             raise ValueError(f"idx has shape {tuple(idx.shape)}, not (B, T) with B, T at least 1")
-        B, T = idx.shape
-        assert doc is None or doc.shape == idx.shape, f"doc {tuple(doc.shape)} must match idx {tuple(idx.shape)}"
+        if doc_start is not None and doc_start.shape != idx.shape:
+            raise ValueError(f"doc_start has shape {tuple(doc_start.shape)}, "
+                             f"not that of idx, {tuple(idx.shape)}")
+        T = idx.size(1)
         if cache is None:
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens do not fit in block_size {self.config.block_size}")
-            visible = kernels.Visible.causal(T, doc, idx.device)
+            n_used, room = T, self.config.block_size
+            visible = attention.Visible.causal(T, doc_start, idx.device)
         else:
             pos = cache.length[:, None] + torch.arange(T, device=idx.device)  # (B, T)
-            longest = int(pos[:, -1].max()) + 1  # the one wait for the device
-            if longest > min(cache.size, self.config.block_size):
-                raise ValueError(f"{longest} tokens do not fit in the cache ({cache.size}) and "
-                                 f"block_size ({self.config.block_size})")
-            visible = kernels.Visible(pos, cache.size, None if doc is None else cache.document_starts(doc, pos))
+            n_used = int(pos[:, -1].max()) + 1  # the one GPU→CPU sync
+            room = min(cache.size, self.config.block_size)
+            visible = attention.Visible(pos, cache.size, doc_start, n_used)
+        if n_used > room:
+            raise ValueError(f"{n_used} tokens do not fit in the cache or the context ({room})")
+        if cache is not None:
             cache.length = cache.length + T
+        # 2. the layers
         x = self.embed(idx)  # (B, T, C)
-        index_losses, stats = [], []
-        for layer, block in enumerate(self.blocks):
-            x, index_loss, s = block(x, visible, cache=cache, layer=layer, warmup=warmup, want_loss=want_loss,
-                                     want_stats=want_stats)
-            index_losses.append(index_loss)
-            stats.append(s)
-        index_loss = sum(index_losses) if self.config.sparse and want_loss else None
-        return self.norm(x), index_loss, {name: torch.stack([s[name] for s in stats]) for name in stats[0]}
+        index_loss = torch.zeros((), device=idx.device)
+        per_layer = []
+        for block in self.blocks:
+            x, layer_loss, layer_stats = block(x, visible, cache=cache, warmup=warmup,
+                                               want_loss=want_loss, want_stats=want_stats)
+            index_loss = index_loss + layer_loss
+            per_layer.append(layer_stats)
+        stats = {name: torch.stack([s[name] for s in per_layer]) for name in per_layer[0]}
+        return self.norm(x), index_loss, stats
 
     def head(self, x):
+        """x (B, T, C) -> logits (B, T, vocab_size)."""
         return F.linear(x, self.embed.weight)[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, doc=None, cache=None, warmup=False, stats=True):
+    def forward(self, idx, targets=None, doc_start=None, cache=None, warmup=False, stats=False):
         """
-        idx (B, T) int64 -> GSAOutput. targets (B, T), -1 = ignored; with them loss and index_loss are computed.
-        doc: document id of every position (B, T); a position attends within its document.
-        A document is a run of equal ids: an id that comes back later is another one. None = one.
-        cache: KVCache to append to; a row's positions then start at its length.
-        warmup: phase 1 of the indexer, dense attention. stats: also measure the attention, O(T²).
+        idx (B, T) int64 -> GSAOutput.
+        targets    (B, T) int64, -1 = ignored; with them loss and index_loss are computed
+        doc_start  (B, T), position in the row at which each token's document starts (see
+                   attention.document_starts); a token sees its own document only. None = no limit
+        cache      KVCache to append to; the tokens' positions in the row begin at its length
+        warmup     phase 1 of the indexer's training: attention is dense
+        stats      measure the attention too (Attention.measure), in O(T²) time
+        Raises ValueError where the tokens do not fit in the context or the cache.
         """
-        x, index_loss, stats = self.trunk(idx, doc, cache, warmup, targets is not None, stats)
+        x, index_loss, stats = self.trunk(idx, doc_start, cache, warmup,
+                                          want_loss=targets is not None, want_stats=stats)
         logits = self.head(x)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                   ignore_index=-1)
         return GSAOutput(logits, loss, index_loss, stats)
-
-    # ---- generation
-
-    def new_cache(self, B, size):
-        """
-        An empty KVCache for B rows of at most size tokens, with the dtypes that the layers produce.
-        Call it under the autocast that the model will run under.
-        """
-        attn = self.blocks[0].attn
-        device = attn.wk.weight.device
-        dtype = attn.wk.weight.dtype
-        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:  # it leaves float64
-            dtype = torch.get_autocast_dtype(device.type)
-        index_dtype = None
-        if attn.indexer:
-            index_dtype = attn.indexer.log_tau.dtype  # see Indexer.forward
-        return KVCache(self.config, B, size, device, dtype, index_dtype)
-
-    @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, separator=None, generator=None):
-        """
-        Yield one (B,) tensor of new tokens per step for a list of 1-D prompts of any lengths, -1 in the rows that have ended.
-        A row ends with its separator (yielded) or at block_size. temperature 0 is argmax.
-        """
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, must not be negative")
-        device = self.embed.weight.device
-        length = torch.tensor([len(p) for p in prompts], device=device)
-        if not len(prompts) or int(length.min()) == 0:
-            raise ValueError("a prompt is empty: give at least one token")
-        if int(length.max()) > self.config.block_size:
-            raise ValueError(f"a prompt of {int(length.max())} tokens does not fit in block_size {self.config.block_size}")
-        idx = nn.utils.rnn.pad_sequence([p.to(device) for p in prompts], batch_first=True)  # padded right: causality hides it
-        B, size = len(prompts), min(int(length.max()) + max_new_tokens, self.config.block_size)
-        cache = self.new_cache(B, size)
-        doc = None if separator is None else (idx == separator).cumsum(1)
-        x = self.trunk(idx, doc, cache)[0][torch.arange(B, device=device), length - 1]  # (B, C)
-        if doc is not None:
-            doc = doc.gather(1, length[:, None] - 1)  # (B, 1): the new tokens belong to the last document
-        cache.length = length
-        alive = torch.ones(B, dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
-            token = sample(self.head(x).float(), temperature, top_k, top_p, generator)  # (B,)
-            yield torch.where(alive, token, -1)
-            if separator is not None:
-                alive = alive & (token != separator)
-            alive = alive & (cache.length < size)
-            if step + 1 == max_new_tokens or not alive.any():
-                return
-            cache.length = cache.length.clamp(max=size - 1)  # ended rows rewrite their last slot, unseen
-            x = self.trunk(token[:, None], doc, cache)[0][:, 0]
-
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, separator=None, generator=None):
-        """
-        Continue idx: a (B, T) tensor gives a (B, T + n) tensor, rows that ended early filled with the separator (0 if none);
-        a list of 1-D tensors of any lengths gives a list of 1-D tensors. n ≤ max_new_tokens: a row ends after its
-        separator, or when block_size is full.
-        """
-        new = list(self.stream(list(idx), max_new_tokens, temperature, top_k, top_p, separator, generator))
-        if isinstance(idx, Tensor):
-            new = torch.stack(new, 1) if new else idx[:, :0]
-            return torch.cat((idx, new.masked_fill(new < 0, separator or 0)), 1)
-        rows = torch.stack(new, 1) if new else [torch.empty(0, dtype=torch.long)] * len(idx)
-        return [torch.cat((p, row[row >= 0].to(p.device))) for p, row in zip(idx, rows)]
-
-    # ---- training support and accounting
 
     @torch.no_grad()
     def update_var_avg(self, decay=0.99):
-        """V̄ <- decay·V̄ + (1-decay)·(mean Var_t since the last call), over all ranks. Once per optimizer step."""
+        """
+        V̄ <- decay·V̄ + (1-decay)·(mean Var_t since the last call), over all ranks.
+        Call it once per optimizer step.
+        """
         if not self.config.sparse:
             return
-        seen = torch.stack([b.attn.indexer.var_seen for b in self.blocks])  # (n_layer, 2)
+        indexers = [block.attn.indexer for block in self.blocks]
+        seen = torch.stack([i.var_seen for i in indexers])  # (n_layer, 2)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(seen)
         total, count = seen.unbind(1)  # (n_layer,) each
-        var_avg = torch.stack([b.attn.indexer.var_avg for b in self.blocks])  # (n_layer,)
-        old = torch.where(var_avg > 0, var_avg, total / count)  # (n_layer,)
-        new = decay * old + (1 - decay) * total / count  # (n_layer,), NaN where count is 0
-        new = torch.where(count > 0, new, var_avg)  # no `if`: it would wait for the device
-        for block, value in zip(self.blocks, new):
-            block.attn.indexer.var_avg.copy_(value)
-            block.attn.indexer.var_seen.zero_()
-
-    def param_groups(self, weight_decay=0.1, index_lr_mult=10.0):
-        """Optimizer groups by "name": matrix and embed (decayed), vector, indexer (its learning rate times index_lr_mult)."""
-        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        index = [p for n, p in named.items() if ".indexer." in n]
-        matrix = [p for n, p in named.items() if ".indexer." not in n and p.dim() > 1 and p is not self.embed.weight]
-        vector = [p for n, p in named.items() if ".indexer." not in n and p.dim() < 2]
-        groups = [dict(name="matrix", params=matrix, weight_decay=weight_decay, lr_mult=1.0),
-                  dict(name="embed", params=[self.embed.weight], weight_decay=weight_decay, lr_mult=1.0),
-                  dict(name="vector", params=vector, weight_decay=0.0, lr_mult=1.0),
-                  dict(name="indexer", params=index, weight_decay=0.0, lr_mult=index_lr_mult)]
-        groups = [g for g in groups if g["params"]]
-        assert sum(len(g["params"]) for g in groups) == len(named), "a parameter is in no group or in two"
-        return groups
-
-    def flops_per_token(self, T=None, training=True, warmup=False):
-        """
-        Model FLOPs per token at context T (default block_size): the mean over positions t = 1…T.
-        Forward: 2 per weight of a matrix; attention 4·C per key that the query attends to,
-        min(k_base, t) or all t (dense, warm-up); indexer 2·Hi·di per visible key, all t.
-        Backward: twice the forward, but the indexer's spans the attended keys only.
-        Recomputation is not counted.
-        """
-        c = self.config
-        T = T or c.block_size
-        weights = sum(p.numel() for p in self.parameters() if p.dim() > 1)
-        visible = (T + 1) / 2  # mean of t: keys per query
-        attended = visible
-        if c.sparse and not warmup:
-            k = min(c.k_base, T)
-            attended = (k * (k + 1) / 2 + (T - k) * k) / T  # mean of min(k_base, t)
-        score = 2 * c.n_index_head * c.d_index if c.sparse else 0  # FLOPs of one indexer score
-        model = 2 * weights + c.n_layer * 4 * attended * c.n_embd
-        indexer = c.n_layer * score * visible
-        if not training:
-            return model + indexer
-        indexer_backward = c.n_layer * 2 * score * attended
-        return 3 * model + indexer + indexer_backward
-
-    def kv_bytes(self, T=None, itemsize=2):
-        """Bytes of KV cache for one sequence of T tokens (default block_size), the indexer's keys included."""
-        c = self.config
-        per_token = 2 * c.n_kv_head * c.d_head + (c.d_index if c.sparse else 0)
-        return c.n_layer * (T or c.block_size) * per_token * itemsize
-
-
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw one token per row of logits (B, V) -> (B,). temperature 0: argmax. top_k, top_p: None or 0 / 1.0 = off."""
-    if not temperature >= 0:  # NaN is refused too
-        raise ValueError(f"temperature {temperature} must be ≥ 0")
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k {top_k} must be ≥ 0")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p {top_p} must be in (0, 1]")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # largest 0: never inf, however divided
-    logits = logits / max(temperature, 1e-30)  # 0 / 1e-46 would be 0 / 0 in float32
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the likelier tokens
-        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        var_avg = torch.stack([i.var_avg for i in indexers])  # (n_layer,)
+        old = torch.where(var_avg > 0, var_avg, total / count)  # the first mean counts in full
+        new = decay * old + (1 - decay) * total / count  # NaN where count is 0
+        new = torch.where(count > 0, new, var_avg)  # an `if` would be a GPU→CPU sync
+        for indexer, value in zip(indexers, new):
+            indexer.var_avg.copy_(value)
+            indexer.var_seen.zero_()

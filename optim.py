@@ -51,9 +51,35 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
+def param_groups(model, weight_decay=0.1, index_lr_mult=10.0):
+    """
+    Optimizer groups: "matrix" and "embed" (decayed), "vector", and "indexer", whose learning
+    rate is index_lr_mult times the others'. Every trained parameter is in exactly one.
+    """
+    groups = {
+        "matrix": dict(params=[], weight_decay=weight_decay, lr_mult=1.0),
+        "embed": dict(params=[], weight_decay=weight_decay, lr_mult=1.0),
+        "vector": dict(params=[], weight_decay=0.0, lr_mult=1.0),
+        "indexer": dict(params=[], weight_decay=0.0, lr_mult=index_lr_mult),
+    }
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if ".indexer." in name:
+            kind = "indexer"
+        elif p is model.embed.weight:
+            kind = "embed"
+        elif p.dim() > 1:
+            kind = "matrix"
+        else:
+            kind = "vector"
+        groups[kind]["params"].append(p)
+    return [dict(name=name, **group) for name, group in groups.items() if group["params"]]
+
+
 def make_optimizers(model, cfg):
     """[AdamW] for all of the model's groups, or with cfg.muon [AdamW, Muon for the matrices]."""
-    groups = {g["name"]: g for g in model.param_groups(cfg.weight_decay, cfg.index_lr_mult)}
+    groups = {g["name"]: g for g in param_groups(model, cfg.weight_decay, cfg.index_lr_mult)}
     optimizers = []
     if cfg.muon:
         optimizers = [Muon([groups.pop("matrix")], cfg.learning_rate)]

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import checks
 import configurator
-import kernels
+from attention import document_starts
 from checkpoint import (check_backend, check_compiler, check_dtype, check_same_data,
                         check_vocabulary, find_data, load_checkpoint, load_retrofit, load_weights,
                         not_finite, open_run, precision, save_checkpoint, use_device)
@@ -98,7 +99,7 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 
     def __post_init__(self):
         self.model_config(self.vocab_size or 256)
-        kernels.check_backend(self.backend)
+        checks.resolve_backend(self.backend)
         check_dtype(self.dtype)
         if self.init_from not in ("scratch", "resume"):
             raise UserError(f"init_from {self.init_from!r} is not one of scratch, resume")
@@ -197,8 +198,8 @@ class Run:
         self.meta = data.meta
         self.batches = {}
         for split, ids in (("train", data.train), ("val", data.val)):
-            self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, data.separator,
-                                          cfg.seed, cfg.doc_mask, data.vocab_size)
+            self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, cfg.seed,
+                                          data.vocab_size)
         # 3. model and optimizers
         torch.manual_seed(cfg.seed)
         self.autocast = precision(device, cfg.dtype)
@@ -293,6 +294,10 @@ class Run:
 
     # ---- one step
 
+    def doc_start(self, idx):
+        """Where the document of each token starts, (B, T); None without doc_mask."""
+        return document_starts(idx, self.meta["separator"]) if self.cfg.doc_mask else None
+
     def in_warmup(self):
         """Is this a step of phase 1: dense attention, which the indexer learns to predict?"""
         return self.cfg.sparse and self.step < self.cfg.index_warmup_iters
@@ -323,16 +328,15 @@ class Run:
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
             m = self.step * cfg.grad_accum + micro * self.world + self.rank
-            idx, targets, doc = self.batches["train"].train(m, self.device, length)
+            idx, targets = self.batches["train"].train(m, self.device, length)
             if self.world > 1:
                 self.model.require_backward_grad_sync = last
             with self.autocast:
-                out = self.model(idx, targets, doc, warmup=warmup, stats=logged and last)
-            index_loss = out.index_loss
-            if index_loss is None:  # MERGE: delete, it is 0 where there is no indexer
-                index_loss = torch.zeros_like(out.loss)
-            ((out.loss + cfg.index_loss_weight * index_loss) / micro_batches).backward()
-            losses += torch.stack((out.loss.detach(), index_loss.detach())) / micro_batches
+                out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
+                                 stats=logged and last)
+            loss = out.loss + cfg.index_loss_weight * out.index_loss
+            (loss / micro_batches).backward()
+            losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
         norms = self.clip()
         self.stop_unless_finite(torch.cat((losses, norms)))
         # 3. update
@@ -393,10 +397,11 @@ class Run:
         # every rank computes at least one, to know the names of the values
         for m in range(self.rank, max(cfg.eval_iters, self.world), self.world):
             counts = m < cfg.eval_iters  # False: there are more ranks than micro-batches
-            idx, targets, doc = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
-                                                               self.device)
+            idx, targets = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
+                                                          self.device)
             with self.autocast:
-                out = self.model(idx, targets, doc, warmup=self.in_warmup(), stats=True)
+                out = self.model(idx, targets, self.doc_start(idx), warmup=self.in_warmup(),
+                                 stats=True)
             values = {"loss": out.loss}
             if cfg.sparse:
                 values["index_loss"] = out.index_loss
@@ -456,7 +461,7 @@ class Run:
             line["k_t"] = values["k_t"]
         peak = peak_flops(self.device)
         if peak:
-            flops = speed * self.raw.flops_per_token(length, warmup=warmup)
+            flops = speed * flops_per_token(self.raw, length, warmup=warmup)
             line["mfu"] = flops / (peak * self.world)
         # 3. time left, if every step takes as long as those of this phase, evaluations included
         now = time.time()
@@ -493,6 +498,31 @@ class Run:
         if self.world > 1:
             dist.all_reduce(total)
         return dict(zip(values, (total / self.world).tolist()))
+
+
+def flops_per_token(model, T=None, training=True, warmup=False):
+    """
+    Model FLOPs per token at context T (default block_size): the mean over positions t = 1…T.
+    Forward: 2 per weight of a matrix; attention 4·C per key that the query attends to,
+    min(k_base, t) or all t (dense, warm-up); indexer 2·Hi·di per visible key, all t.
+    Backward: twice the forward, but the indexer's spans the attended keys only.
+    Recomputation is not counted.
+    """
+    c = model.config
+    T = T or c.block_size
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    visible = (T + 1) / 2  # mean of t: keys per query
+    attended = visible
+    if c.sparse and not warmup:
+        k = min(c.k_base, T)
+        attended = (k * (k + 1) / 2 + (T - k) * k) / T  # mean of min(k_base, t)
+    score = 2 * c.n_index_head * c.d_index if c.sparse else 0  # FLOPs of one indexer score
+    forward = 2 * weights + c.n_layer * 4 * attended * c.n_embd
+    indexer = c.n_layer * score * visible
+    if not training:
+        return forward + indexer
+    indexer_backward = c.n_layer * 2 * score * attended
+    return 3 * forward + indexer + indexer_backward
 
 
 def peak_flops(device):

@@ -25,9 +25,9 @@ def small_tiles(monkeypatch):
     Small sizes for the PyTorch path, so that a short sequence has several of each: tiles of 16
     queries, dense blocks of 6 queries, few gathered logits, scores of 7 or 8 keys at a time.
     """
-    import kernels
-    monkeypatch.setattr(kernels, "TILE", 16)
-    monkeypatch.setattr(kernels, "ROWS", 6)
-    monkeypatch.setattr(kernels, "JOB", 1000)
-    monkeypatch.setattr(kernels, "PIECE", 128)
-    monkeypatch.setattr(kernels, "KEYS", 7)
+    import tiled
+    monkeypatch.setattr(tiled, "TILE_QUERIES", 16)
+    monkeypatch.setattr(tiled, "DENSE_QUERIES", 6)
+    monkeypatch.setattr(tiled, "GATHERED_LOGITS", 1000)
+    monkeypatch.setattr(tiled, "SCORES", 128)
+    monkeypatch.setattr(tiled, "SCORE_KEYS", 7)

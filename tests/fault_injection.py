@@ -42,14 +42,14 @@ import pyarrow.parquet
 
 import configurator
 import eval as evaluation
+import localfiles
 import prepare
 import sample
-import sources
 import train
 from checkpoint import load_checkpoint, read_log
 
 torch.set_num_threads(1)
-sources.BLOCK = 3000  # bytes, so that a pass has many blocks and can be interrupted between them
+localfiles.BLOCK = 3000  # bytes, so that a pass has many blocks and can be interrupted between them
 DOCS = [f"document {i}: " + "a few words more " * (i % 40) for i in range(1500)]
 TRAIN = ["--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--block_size=32",
          "--n_index_head=2", "--d_index=8", "--k_base=8", "--k_min=4", "--k_max=12",

@@ -16,13 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels as attention
-import kernels as tiled
+import attention
+import tiled
+from attention import Budget, Index, Selection, Visible, document_starts
 from conftest import COMPILING, ROOT
-from kernels import Budget, Index, Selection, Visible
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
-RULES = ["inverse", "eq8", "fixed"]
+# Every k_rule once more, in plain Python: k before it is clamped, from ratio = Var_t / V̄ and the
+# Budget. A new rule gets a line here; the tests below then try it on every path.
+RULES = {
+    "inverse": lambda ratio, budget: round(budget.k_base * (0.5 + 1 / (1 + ratio))),
+    "eq8": lambda ratio, budget: math.floor(budget.k_base * ratio + 1e-9),
+    "fixed": lambda ratio, budget: budget.k_base,
+}
 
 
 # -----------------------------------------------------------------------------
@@ -39,9 +45,9 @@ class Layer(NamedTuple):
 
 
 def random_documents(rng, B, T):
-    """Document ids (B, T); a new document begins at every twentieth position on average."""
+    """Starts (B, T); a new document begins at every twentieth position on average."""
     begins = [[rng.random() < 0.05 for _ in range(T)] for _ in range(B)]
-    return torch.tensor(begins).long().cumsum(1)
+    return document_starts(torch.tensor(begins), True)
 
 
 def random_layer(seed, dtype=torch.float64, T=None, ties=False, docs=False, **budget):
@@ -89,7 +95,7 @@ def random_layer(seed, dtype=torch.float64, T=None, ties=False, docs=False, **bu
         budget["n_local"] = rng.randint(0, 3)
         k_min += 6  # room for the forced keys
     drawn = dict(
-        rule=rng.choice(RULES),
+        rule=rng.choice(list(RULES)),
         k_base=rng.randint(1, 40),
         k_min=k_min,
         k_max=k_min + rng.randint(0, 30),
@@ -97,8 +103,8 @@ def random_layer(seed, dtype=torch.float64, T=None, ties=False, docs=False, **bu
     )
 
     # 4. documents
-    doc = random_documents(rng, B, T) if docs else None
-    visible = Visible.causal(T, doc)
+    start = random_documents(rng, B, T) if docs else None
+    visible = Visible.causal(T, start)
     return Layer(q.to(dtype), k.to(dtype), v.to(dtype), index, visible, Budget(**drawn | budget))
 
 
@@ -128,7 +134,7 @@ def take_route(monkeypatch, route):
     "gathered" reads the keys of each query, "dense" a block of keys that several queries share.
     """
     price = 1 if route == "gathered" else 1000
-    monkeypatch.setattr(tiled, "PRICE", price)
+    monkeypatch.setattr(tiled, "GATHERED_COST", price)
 
 
 def assert_close(name, actual, expected, **tolerance):
@@ -145,7 +151,7 @@ def assert_equal(name, actual, expected):
 
 def assert_same_selection(actual, expected):
     assert_equal("selected keys", actual.mask(), expected.mask())
-    assert_equal("budget", actual.budget, expected.budget)
+    assert_equal("k_t", actual.k_t, expected.k_t)
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +162,7 @@ def assert_same_selection(actual, expected):
 SCORES = (1, 3, 3, 0, 3, 2)
 
 
-def six_tokens(doc=None, **budget):
+def six_tokens(start=None, **budget):
     """
     A layer of six tokens with the scores above, H = 2 query heads, G = 1 KV head and d = 4.
 
@@ -178,7 +184,7 @@ def six_tokens(doc=None, **budget):
     v = values.view(1, 6, 1, 1).expand(1, 6, 1, 4)  # (B, T, G, d)
     index = Index(q=one[..., None], k=scores.view(1, 6, 1), w=one, b=torch.zeros_like(one[0, 0]),
                   activation="relu")
-    return Layer(q, k, v.contiguous(), index, Visible.causal(6, doc), Budget(**budget))
+    return Layer(q, k, v.contiguous(), index, Visible.causal(6, start), Budget(**budget))
 
 
 def keys_of_queries(selection):
@@ -228,9 +234,9 @@ def test_a_score_is_the_weighted_sum_over_the_indexer_heads(activation):
                "relu": (L, L / 2, L, L / 2, L, L)}
     expected = torch.tensor(by_hand[activation], dtype=torch.float64).expand(1, 6, 6)  # (B, T, S)
 
-    assert_close("eager scores", attention.index_scores_eager(index), expected)
+    assert_close("eager scores", attention.index_scores(index), expected)
     visible = Visible.causal(6)
-    scores, _, _ = tiled._tile_scores(index, visible, visible.tiles[0])  # (B, T, S)
+    scores, _, _ = tiled.tile_scores(index, visible, visible.tiles[0])  # (B, T, S)
     see = visible.mask()[0]  # (T, S)
     assert_close("tiled scores", scores[:, see], expected[:, see])
 
@@ -267,7 +273,7 @@ def test_variance_and_number_of_keys_bound_the_budget(backend):
         5  4/3    3.71                   4        6             4
     """
     x = six_tokens(rule="inverse", k_base=4, k_min=1, k_max=6, var_avg=torch.tensor(1.0))
-    assert select(x, backend).budget.tolist() == [[1, 2, 3, 3, 4, 4]]
+    assert select(x, backend).k_t.tolist() == [[1, 2, 3, 3, 4, 4]]
 
 
 def test_each_rule_turns_variance_into_a_budget():
@@ -290,15 +296,33 @@ def test_each_rule_turns_variance_into_a_budget():
 
     def k_t(rule, var_avg=0.5, var=var):
         budget = Budget(rule, k_base=4, k_min=2, k_max=6, var_avg=torch.tensor(var_avg))
-        return attention.budgets(var, n_visible, budget).tolist()
+        return budget.keys_per_query(var, n_visible).tolist()
 
     assert k_t("inverse") == [6, 5, 4, 3, 3, 3]
     assert k_t("eq8") == [2, 2, 4, 6, 6, 2]
     assert k_t("fixed") == [4, 4, 4, 4, 4, 3]
-    for rule in RULES:
-        # While nothing has been averaged, and where a score was not finite, the ratio counts as 1.
-        assert k_t(rule, var_avg=0.0) == [4, 4, 4, 4, 4, 3], rule
-        assert k_t(rule, var=var * math.nan) == [4, 4, 4, 4, 4, 3], rule
+
+
+@pytest.mark.parametrize("rule", attention.K_RULES)
+def test_a_rule_counts_a_query_as_average_where_the_ratio_is_unknown(rule):
+    """While nothing has been averaged (V̄ = 0), and where a score was not finite (Var = NaN)."""
+    n_visible = torch.tensor((6, 6, 3))
+    for var_avg, var in ((0.0, 1.0), (0.5, math.nan)):
+        budget = Budget(rule, k_base=4, k_min=2, k_max=6, var_avg=torch.tensor(var_avg))
+        k = RULES[rule](1.0, budget)
+        k_t = budget.keys_per_query(torch.full((3,), var), n_visible).tolist()
+        assert k_t == [k, k, min(k, 3)]
+
+
+@pytest.mark.parametrize("rule", attention.K_RULES)
+def test_a_rule_gives_what_it_gives_in_plain_python(rule):
+    budget = Budget(rule, k_base=40, k_min=7, k_max=90, var_avg=torch.tensor(0.5))
+    ratio = torch.rand(200) * 4  # (200,)
+    k_t = budget.keys_per_query(ratio * 0.5, torch.full((200,), 1000))
+    expected = [max(7, min(90, RULES[rule](x, budget))) for x in ratio.tolist()]
+    # One off where the formula lands on the edge where rounding goes either way
+    assert (k_t - torch.tensor(expected)).abs().max() <= (1 if budget.adaptive else 0)
+    assert k_t.max() <= budget.largest
 
 
 def test_budget_follows_confidence():
@@ -317,7 +341,7 @@ def test_budget_follows_confidence():
 
     def k_t(rule, var_avg=0.2):
         budget = Budget(rule, k_base=100, k_min=60, k_max=140, var_avg=torch.tensor(var_avg))
-        return attention.budgets(var, n_visible, budget).tolist()
+        return budget.keys_per_query(var, n_visible).tolist()
 
     assert k_t("inverse") == [140, 117, 100, 70, 60]
     assert k_t("eq8") == [60, 60, 100, 140, 140]
@@ -341,7 +365,7 @@ def test_the_query_and_the_best_keys_are_selected_and_ties_go_to_the_lower_index
     selection = select(six_tokens(rule="fixed", k_base=3, k_min=1, k_max=3), backend)
     expected = [[0], [0, 1], [0, 1, 2], [1, 2, 3], [1, 2, 4], [1, 2, 5]]
     assert keys_of_queries(selection) == expected
-    assert selection.budget.tolist() == [[1, 2, 3, 3, 3, 3]]
+    assert selection.k_t.tolist() == [[1, 2, 3, 3, 3, 3]]
 
 
 @both_paths
@@ -362,13 +386,13 @@ def test_forced_keys_are_part_of_the_budget(backend):
 @both_paths
 def test_a_document_has_keys_and_a_sink_of_its_own(backend):
     """
-    Documents 7 7 7 3 3 3 and k_t = 2: the query and the first key of its document.
+    Documents a a a b b b and k_t = 2: the query and the first key of its document.
 
         t     0    1    2    3    4    5
         S_t   0  0 1  0 2    3  3 4  3 5
     """
-    doc = torch.tensor([[7, 7, 7, 3, 3, 3]])
-    x = six_tokens(doc, rule="fixed", k_base=2, k_min=2, k_max=2, n_sink=1)
+    start = torch.tensor([[0, 0, 0, 3, 3, 3]])
+    x = six_tokens(start, rule="fixed", k_base=2, k_min=2, k_max=2, n_sink=1)
     expected = [[0], [0, 1], [0, 2], [3], [3, 4], [3, 5]]
     assert keys_of_queries(select(x, backend)) == expected
 
@@ -445,7 +469,7 @@ def test_select_equals_the_reference(seed, ties, docs):
     ours = select(x, "torch")
     eager = select(x, "eager")
     assert_same_selection(ours, eager)
-    assert_equal("number of selected keys", ours.mask().sum(-1), ours.budget)
+    assert_equal("number of selected keys", ours.mask().sum(-1), ours.k_t)
     if x.budget.rule != "fixed":
         assert_close("var", ours.var, eager.var, rtol=1e-9, atol=1e-12)
 
@@ -477,7 +501,7 @@ def test_keys_are_counted_exactly_in_bf16():
     x = x._replace(budget=Budget("fixed", 512, 512, 512))
     selection = select(x, "torch")
     B = len(x.q)
-    assert_equal("budget", selection.budget, torch.arange(1, 301).expand(B, 300))
+    assert_equal("k_t", selection.k_t, torch.arange(1, 301).expand(B, 300))
     assert_equal("selected keys", selection.mask(), x.visible.mask().expand(B, 300, 300))
 
 
@@ -493,11 +517,11 @@ def test_scores_that_are_not_finite_select_no_hidden_key(seed, value):
     mask = ours.mask()  # (B, T, S)
     see = x.visible.mask().expand_as(mask)  # (B, T, S)
     n_visible = see.sum(-1)  # (B, T)
-    assert_equal("number of selected keys", mask.sum(-1), ours.budget)
+    assert_equal("number of selected keys", mask.sum(-1), ours.k_t)
     assert not (mask & ~see).any(), "a hidden key is selected"
     assert mask.diagonal(dim1=1, dim2=2).all(), "a query does not select itself"
-    assert (ours.budget >= n_visible.clamp(max=x.budget.k_min)).all(), "k_t is below k_min"
-    assert (ours.budget <= n_visible.clamp(max=x.budget.widest)).all(), "k_t is above the limit"
+    assert (ours.k_t >= n_visible.clamp(max=x.budget.k_min)).all(), "k_t is below k_min"
+    assert (ours.k_t <= n_visible.clamp(max=x.budget.largest)).all(), "k_t is above the limit"
 
 
 def score_in_python(index, b, t, s):
@@ -521,30 +545,26 @@ def budget_in_python(scores, budget):
     var = sum((x - mean) ** 2 for x in scores) / n
     var_avg = budget.var_avg.item()
     ratio = var / var_avg if var_avg > 0 else 1.0
-    if budget.rule == "fixed":
-        k = budget.k_base
-    elif budget.rule == "eq8":
-        k = math.floor(budget.k_base * ratio + 1e-9)
-    else:
-        k = round(budget.k_base * (0.5 + 1 / (1 + ratio)))
+    k = RULES[budget.rule](ratio, budget)
     clamped = max(budget.k_min, min(budget.k_max, k))
     return min(clamped, n)
 
 
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_reference_follows_the_formulas_query_by_query(seed, docs):
+@pytest.mark.parametrize("rule", attention.K_RULES)
+def test_reference_follows_the_formulas_query_by_query(rule, seed, docs):
     """Scores, variance, budget and S_t in plain Python, from the paper's formulas alone."""
-    x = random_layer(100 + seed, T=23, ties=seed % 2 == 0, docs=docs)
+    x = random_layer(100 + seed, T=23, ties=seed % 2 == 0, docs=docs, rule=rule)
     budget = x.budget
     selection = select(x, "eager")
-    B, T = selection.budget.shape
+    B, T = selection.k_t.shape
     for b in range(B):
         for t in range(T):
             start = x.visible.start[b, t].item() if docs else 0
             seen = list(range(start, t + 1))
             score = {s: score_in_python(x.index, b, t, s) for s in seen}
-            k = selection.budget[b, t].item()
+            k = selection.k_t[b, t].item()
             by_formula = budget_in_python(score.values(), budget)
             # One off is allowed: the formula may land on the edge where rounding goes either way.
             off = 0 if budget.rule == "fixed" else 1
@@ -576,7 +596,7 @@ def test_greatest_finds_what_a_stable_sort_finds(dtype):
             k = torch.randint(1, n + 1, (len(x),))  # (rows,)
             order = x.sort(dim=-1, descending=True, stable=True).indices[:, :n]  # (rows, n)
             best = order.masked_fill(torch.arange(n) >= k[:, None], -1)
-            found = tiled._greatest(x, k, n)  # (rows, n), in no order
+            found = tiled.top_k(x, k, n)  # (rows, n), in no order
             assert_equal(f"{name}, n = {n}", found.sort(-1).values, best.sort(-1).values)
 
 
@@ -601,8 +621,8 @@ def test_the_price_decides_how_keys_are_read(route, monkeypatch):
     take_route(monkeypatch, route)
     for seed in range(8):
         x = random_layer(200 + seed)
-        for job in select(x).jobs(x.q.size(2)):
-            taken.add("gathered" if isinstance(job, tiled.Own) else "dense")
+        for block in tiled.blocks(select(x), x.q.size(2)):
+            taken.add("gathered" if isinstance(block, tiled.GatheredKeys) else "dense")
     # The first queries see few keys and select them all, which makes a dense block.
     assert taken == {"dense", route}
 
@@ -753,7 +773,7 @@ def test_attention_report_measures_recall_and_first_token_share():
     x = random_layer(14, T=70, docs=True)
     x = x._replace(budget=Budget("fixed", 7, 1, 7))
     selection = select(x)
-    report = attention.attention_report(x.q, x.k, selection)
+    report = tiled.attention_report(x.q, x.k, selection)
     see = x.visible.mask()  # (B, T, S)
     inside = selection.mask()  # (B, T, S)
     logits = torch.einsum("bthd,bshd->btsh", x.q, heads_of_queries(x.k, x.q))
@@ -784,7 +804,7 @@ def select_with_index(x, **changes):
 
 def attend_to_visible(x, backend="auto", **changes):
     x = x._replace(**changes)
-    return attend(x, x.visible, backend)
+    return attend(x, Selection.everything(x.visible, len(x.v)), backend)
 
 
 def attend_with_more_kv_heads_than_heads(x):
@@ -810,7 +830,7 @@ def attend_with_wide_heads(x):
     (lambda x: attend_to_visible(x, k=x.k.to("meta")), "k is on meta"),
     (attend_with_more_kv_heads_than_heads, "not a multiple of"),
     (attend_with_wide_heads, "heads of width 300"),
-    (lambda x: index_loss(x, x.q, torch.tensor(1.0), x.visible), "lse has shape"),
+    (lambda x: index_loss(x, x.q, torch.tensor(1.0), select(x)), "lse has shape"),
 ])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
@@ -821,8 +841,8 @@ def test_bad_input_is_named(call, message):
 def test_triton_without_gpu_or_interpreter_says_so():
     code = "\n".join((
         "import torch",
-        "import kernels as attention",
-        "attention.check_backend('triton', torch.empty(1))",
+        "import checks",
+        "checks.resolve_backend('triton', torch.empty(1))",
     ))
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=COMPILING, capture_output=True, text=True)

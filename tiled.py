@@ -1,0 +1,577 @@
+"""
+The PyTorch path of attention.py: the same results as its eager equations with O(tile·S) memory.
+It is what runs on a CPU, and it needs nothing but PyTorch.
+
+Selection works on tiles of neighbouring queries: their scores, the budget, an exact top-k.
+Attention and the index loss work on blocks of queries, of which there are two kinds:
+
+    DenseBlock    its queries share a range of keys, all that they see, and a mask over it
+    GatheredKeys  each of its queries has keys of its own, read where they are by sparse products
+
+Both offer the same three operations (add_products, weighted_sum, scatter_add), so attention and
+the loss are written once. A block is dense where its queries see few keys; see is_gathered.
+Everything is computed at least in fp32.
+"""
+import functools
+import itertools
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+TILE_QUERIES = 256  # queries per tile
+DENSE_QUERIES = 64  # queries per dense block, whose logits then fit the CPU's cache
+GATHERED_LOGITS = 1 << 21  # most logits of a block with gathered keys
+GATHERED_COST = 3  # reading a gathered key costs as much as 3 keys of a dense block, on a CPU
+SCORES = 1 << 16  # indexer scores per step, which then fit the CPU's cache
+SCORE_KEYS = 512  # smallest number of keys of such a step
+
+# Scores of keys that must not be selected, and of those that must. They are finite, since
+# inf - inf = NaN. Real scores are cut to ±LARGEST, so that none passes HIDDEN or FORCED.
+HIDDEN = -1e30
+FORCED = 1e30
+LARGEST = 1e29
+
+
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tiles: neighbouring queries, and the keys that they see
+
+class Tile(NamedTuple):
+    """Queries first … last-1. They see no key outside begin … end-1; all see keys low … high-1."""
+    first: int
+    last: int
+    begin: int
+    end: int
+    low: int
+    high: int
+
+    @property
+    def queries(self):
+        return slice(self.first, self.last)
+
+    @property
+    def keys(self):
+        return slice(self.begin, self.end)
+
+
+def make_tiles(visible):
+    """The queries in tiles of TILE_QUERIES. The device is asked once, for all of them."""
+    T = visible.pos.size(1)
+    firsts = list(range(0, T, TILE_QUERIES))
+    lasts = firsts[1:] + [T]
+    final = [last - 1 for last in lasts]
+    # Positions and starts increase along T: a tile's extremes are at its first and final query
+    bounds = torch.stack((visible.pos.amax(0)[final], visible.pos.amin(0)[firsts])) + 1
+    starts = torch.zeros_like(bounds)
+    if visible.start is not None:
+        starts = torch.stack((visible.start.amin(0)[firsts], visible.start.amax(0)[final]))
+    ends, highs = bounds.tolist()
+    begins, lows = starts.tolist()
+    return [Tile(*numbers) for numbers in zip(firsts, lasts, begins, ends, lows, highs)]
+
+
+def visible_bias(visible, tile):
+    """
+    What to add to a tile's scores: 0 where a key is visible, else HIDDEN.
+    (1 or B, queries, end - begin). On a CPU this is 20 times faster than masked_fill.
+    """
+    mask = visible.mask(tile.queries, tile.begin, tile.end)
+    return mask.float().sub_(1).mul_(-HIDDEN)
+
+
+def selected_bias(selection, tile):
+    """The same for the selected keys: 0 where a key is selected, else HIDDEN."""
+    if selection.indices is None:
+        return visible_bias(selection.visible, tile)
+    indices = selection.indices[:, tile.queries].long()  # (B, queries, k)
+    width = tile.end - tile.begin
+    at = torch.where(indices < 0, width, indices - tile.begin)  # -1 goes to column `width`
+    bias = torch.full((*indices.shape[:2], width + 1), HIDDEN, device=indices.device)
+    return bias.scatter_(2, at, 0.0)[..., :width]  # (B, queries, end - begin)
+
+
+# --------------------------------------------------------------------------------------------------
+# Selection
+
+@torch.compiler.disable
+def select(index, visible, budget):
+    """attention.select. Returns k_t (B, T) int64, indices (B, T, width) int32, Var_t (B, T)."""
+    B, T = index.w.shape[:2]
+    width = min(budget.largest, visible.n_keys)
+    indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
+    k_t = indices.new_zeros(B, T, dtype=torch.long)
+    index = in_fp32(index)
+    var = index.w.new_zeros(B, T)
+    for tile in visible.tiles:
+        scores, n_visible, var_tile = tile_scores(index, visible, tile)
+        if budget.adaptive:
+            var[:, tile.queries] = var_tile
+        k_tile = budget.keys_per_query(var_tile, n_visible)  # (B, queries), Eq. 8
+        k_t[:, tile.queries] = k_tile
+        force(scores, visible, tile, budget)
+        n = min(width, tile.end - tile.begin)
+        best = top_k(scores.flatten(0, 1), k_tile.flatten(), n).view(B, -1, n)
+        indices[:, tile.queries, :n] = torch.where(best < 0, best, best + tile.begin)
+    return k_t, indices, var
+
+
+@torch.compiler.disable
+def score_variance(index, visible):
+    """attention.score_variance. Returns Var_t (B, T)."""
+    index = in_fp32(index)
+    return torch.cat([tile_scores(index, visible, tile)[2] for tile in visible.tiles], 1)
+
+
+def in_fp32(index):
+    """The Index with its tensors at least in fp32."""
+    q, k, w, b = (at_least_fp32(x) for x in index[:4])
+    return index._replace(q=q, k=k, w=w, b=b)
+
+
+def tile_scores(index, visible, tile):
+    """
+    Eq. 7 for the queries of a tile. Returns
+    scores (B, queries, end - begin), those of hidden keys lowered by HIDDEN;
+    the number of visible keys (B, queries); Var_t (B, queries).
+
+    It takes some keys at a time and finishes these while they are in the CPU's cache. Each step
+    gives a count, a mean and a sum of squared deviations.
+    """
+    # 1. operands of one product for all indexer heads
+    q = index.q[:, tile.queries]  # (B, queries, Hi, di)
+    B, n_queries, Hi, di = q.shape
+    q = q.reshape(B, n_queries * Hi, di) * (1 / math.sqrt(di))
+    w = index.w[:, tile.queries].reshape(B * n_queries, 1, Hi)
+    b = index.b.repeat(n_queries)[:, None]  # (queries·Hi, 1)
+    scores = q.new_empty(B, n_queries, tile.end - tile.begin)
+    step = max(SCORE_KEYS, SCORES // (B * n_queries))
+    counts, means, squares = [], [], []
+    for begin, x in zip(range(tile.begin, tile.end, step), scores.split(step, 2)):
+        part = tile._replace(begin=begin, end=begin + x.size(2))
+        # 2. scores
+        z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, queries·Hi, step)
+        a = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
+        x.copy_(torch.bmm(w, a.view(B * n_queries, Hi, -1)).view_as(x))  # Eq. 7
+        # 3. moments of the visible ones
+        all_visible = tile.low <= begin and part.end <= tile.high
+        if all_visible:
+            mean = x.mean(-1)  # (B, queries)
+            count = torch.full_like(mean, x.size(2))
+            square = (x - mean[..., None]).square_().sum(-1)
+        else:
+            mask = visible.mask(part.queries, part.begin, part.end)  # (1 or B, queries, step)
+            count = mask.sum(-1).to(x.dtype).expand(B, -1)
+            # `where`, not a product with the mask: a hidden NaN times 0 would be NaN
+            mean = x.where(mask, 0).sum(-1) / count.clamp(min=1)
+            square = (x - mean[..., None]).where(mask, 0).square_().sum(-1)
+        counts.append(count)
+        means.append(mean)
+        squares.append(square)
+        # 4. ready for top-k
+        x.nan_to_num_(nan=-LARGEST).clamp_(-LARGEST, LARGEST)  # NaN counts as the lowest score
+        if not all_visible:
+            x += visible_bias(visible, part)
+    # 5. the moments of all steps together, without cancellation (Chan, Golub and LeVeque 1979)
+    count, mean, square = map(torch.stack, (counts, means, squares))  # (steps, B, queries)
+    total = count.sum(0)
+    overall = (count * mean).sum(0) / total  # (B, queries)
+    var = (square + count * (mean - overall).square()).sum(0) / total
+    return scores, total.long(), var
+
+
+def force(scores, visible, tile, budget):
+    """
+    Raise the scores of the forced keys above all others, in place: the last n_local keys, the
+    query's own among them, and the first n_sink keys of its document.
+    """
+    pos = visible.pos[:, tile.queries, None]  # (1 or B, queries, 1)
+    first = torch.zeros_like(pos)
+    if visible.start is not None:
+        first = visible.start[:, tile.queries, None]
+    local = torch.arange(max(1, budget.n_local), device=pos.device)
+    sink = torch.arange(budget.n_sink, device=pos.device)
+    for keys in (torch.maximum(pos - local, first), torch.minimum(first + sink, pos)):
+        scores.scatter_(2, (keys - tile.begin).expand(len(scores), -1, -1), FORCED)
+
+
+def top_k(scores, k, width):
+    """
+    The places of the k (rows,) largest scores of each row (rows, S); of equal ones the first.
+    Returns (rows, width) in no order, -1 = none; width >= every k.
+    Scores 0.1 0.5 0.3 0.5 with k = 2, width = 3 -> 1 3 -1 in some order.
+    """
+    rows, S = scores.shape
+    # 1. torch.topk takes the same number of each row. So each row gets extra entries: +inf ones
+    #    fill its width - k unused places, and at least one -inf shows below whether a tie was cut
+    n_extra = width - int(k.min()) + 1
+    filler = torch.arange(n_extra, device=k.device) < (width - k)[:, None]  # (rows, n_extra)
+    x = torch.cat((scores, torch.where(filler, math.inf, -math.inf)), 1).add_(0.0)  # -0 + 0 = 0
+    # 2. floats as integers of the same order: there is no NaN to look for, a third less time
+    integer = {4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.view(integer)
+    sign = bits >> (8 * x.element_size() - 1)  # -1 where negative, else 0
+    bits ^= sign.bitwise_and_(torch.iinfo(integer).max)
+    # 3. one entry more than wanted, the smallest of which is dropped
+    top, order = bits.topk(width + 1, sorted=False)  # (rows, width + 1)
+    smallest, at = top.min(-1, keepdim=True)
+    order = order.scatter_(1, at, order[:, -1:].clone())[:, :width]
+    order.masked_fill_(order >= S, -1)  # an extra entry is no key
+    # 4. where the dropped one has an equal, topk kept any of them: a stable sort keeps the first
+    tied = ((top == smallest).sum(-1) > 1).nonzero()[:, 0]
+    if len(tied):
+        first = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width]
+        first = F.pad(first, (0, width - first.size(1)))
+        beyond = torch.arange(width, device=k.device) >= k[tied, None]
+        order[tied] = first.masked_fill(beyond, -1)
+    return order
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks of queries, and the products of their rows with keys
+
+class Workspace(dict):
+    """
+    Memory that one block after the other uses: to map new memory into the process each time took
+    a CPU up to a tenth of the time.
+    """
+
+    def __call__(self, name, like, *shape):
+        """An uninitialised tensor of like's dtype and device, where the last of this name was."""
+        key = (name, like.dtype)
+        n = math.prod(shape)
+        if key not in self or self[key].numel() < n:
+            self.pop(key, None)  # free the old one first
+            self[key] = like.new_empty(1 << n.bit_length())  # room to grow: later blocks are larger
+        return self[key][:n].view(shape)
+
+
+class Block:
+    """
+    Neighbouring queries and their keys. A group of queries shares its keys; a block has
+
+        groups   number of groups: B for a DenseBlock, its queries in all for GatheredKeys
+        bias     (groups, n, U), 0 or HIDDEN, for n queries and U keys of each group
+        queries  slice of the positions 0 … T-1
+
+    The rows of a group's matrix product with one KV head are its n queries times the R = H / G
+    heads that share this KV head: tensors are (groups, G, R·n, d).
+    """
+
+    def rows(self, x, G):
+        """The block's queries of x as rows: (B, T, H, d) -> (groups, G, R·n, d)."""
+        x = x[:, self.queries]  # (B, queries, H, d)
+        x = x.reshape(self.groups, self.bias.size(1), G, x.size(2) // G, x.size(3))
+        x = x.permute(0, 2, 3, 1, 4)  # (groups, G, R, n, d)
+        return x.flatten(2, 3)
+
+    def store(self, x, out):
+        """The inverse: rows x (groups, G, R·n, d) into the block's queries of out (B, T, H, d)."""
+        out = out[:, self.queries]  # (B, queries, H, d)
+        n, G = self.bias.size(1), x.size(1)
+        x = x.view(len(out), -1, G, x.size(2) // n, n, x.size(3))  # (B, groups/B, G, R, n, d)
+        x = x.permute(0, 1, 4, 2, 3, 5)  # (B, groups/B, n, G, R, d)
+        out.view(x.shape).copy_(x)
+
+    def logits(self, q, k, workspace):
+        """
+        q·k / √d, lower by HIDDEN where a key is not selected.
+        Rows q (groups, G, R·n, d), k (B, S, G, d) -> (groups, G, R·n, U).
+        """
+        s = workspace("logits", q, *q.shape[:3], self.bias.size(2))
+        s.view(self.groups, -1, *self.bias.shape[1:]).copy_(self.bias[:, None])
+        return self.add_products(q, k, s, 1 / math.sqrt(q.size(-1)))
+
+
+class DenseBlock(Block):
+    """Queries that share a range of keys: dense products, sequence by sequence."""
+
+    def __init__(self, queries, keys, bias):
+        self.queries = queries
+        self.keys = keys  # slice of the positions 0 … S-1
+        self.bias = bias  # (B, n, U)
+        self.groups = len(bias)
+
+    def add_products(self, q, k, out, alpha=1):
+        """out (groups, G, R·n, U) += α·q·k. Rows q (groups, G, R·n, d), k (B, S, G, d)."""
+        for i in range(self.groups):
+            out[i].baddbmm_(q[i], k[i, self.keys].permute(1, 2, 0), alpha=alpha)
+        return out
+
+    def weighted_sum(self, p, v):
+        """Σ_s p·v: p (groups, G, R·n, U), v (B, S, G, d) -> rows (groups, G, R·n, d)."""
+        out = p.new_empty(*p.shape[:3], v.size(-1))
+        for i in range(self.groups):
+            torch.bmm(p[i], v[i, self.keys].transpose(0, 1), out=out[i])
+        return out
+
+    def scatter_add(self, p, x, out, alpha=1):
+        """The adjoint: out (B, S, G, d) += α·pᵀ·x, with rows x (groups, G, R·n, d)."""
+        for i in range(self.groups):
+            out[i, self.keys].transpose(0, 1).baddbmm_(p[i].transpose(1, 2), x[i], alpha=alpha)
+
+
+class GatheredKeys(Block):
+    """
+    Queries that each have keys of their own: a group is one query, n = 1.
+    The products are those of sparse matrices, which read the keys where they are. All B·S·G rows
+    of k.view(B·S·G, d) are one table for them. The operations are those of DenseBlock.
+    """
+
+    def __init__(self, queries, indices, n_keys):
+        self.queries = queries
+        indices = indices[:, queries]  # (B, queries, U)
+        self.groups = indices.size(0) * indices.size(1)
+        self.bias = (indices < 0).flatten(0, 1)[:, None].float().mul_(HIDDEN)  # (groups, 1, U)
+        sequence = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
+        keys = indices.clamp(min=0) + n_keys * sequence[:, None, None]  # among all B·S keys
+        self.keys = keys.flatten(0, 1)  # (groups, U) int32
+
+    def table_rows(self, G, R):
+        """The row of the table for each pair of a query head and a key: (groups·H, U) int32."""
+        head = torch.arange(G, dtype=torch.int32, device=self.keys.device).repeat_interleave(R)
+        return (self.keys[:, None] * G + head[:, None]).flatten(0, 1)
+
+    def add_products(self, q, k, out, alpha=1):
+        columns = self.table_rows(*q.shape[1:3])  # (groups·H, U)
+        q = q.flatten(0, 2)  # (groups·H, d)
+        table = k.flatten(0, 2)  # (B·S·G, d)
+        row_ends = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * columns.size(1)
+        pairs = torch.sparse_csr_tensor(row_ends, columns.flatten(), out.flatten(),
+                                        (len(q), len(table)), check_invariants=False)
+        torch.sparse.sampled_addmm(pairs, q, table.T, alpha=alpha, out=pairs)  # writes to `out`
+        return out
+
+    def weighted_sum(self, p, v):
+        table = v.flatten(0, 2)  # (B·S·G, d)
+        out = F.embedding_bag(self.table_rows(*p.shape[1:3]), table, mode="sum",
+                              per_sample_weights=p.flatten(0, 2))  # (groups·H, d)
+        return out.view(*p.shape[:3], -1)
+
+    @functools.cached_property
+    def by_key(self):
+        """
+        The pairs of query and key, sorted by key: order (groups·U,), the place of each pair in
+        self.keys; used, the keys that occur; begin, where the pairs of each of these begin.
+        """
+        keys, order = self.keys.flatten().sort()
+        used, counts = keys.unique_consecutive(return_counts=True)
+        return order, used, counts.cumsum(0) - counts
+
+    def scatter_add(self, p, x, out, alpha=1):
+        G, R = p.shape[1:3]
+        order, used, begin = self.by_key
+        weights = p.permute(0, 3, 1, 2).reshape(-1, G * R)  # (groups·U, H)
+        weights = weights.index_select(0, order).mul_(alpha).view(-1, G, R)
+        query = order // self.keys.size(1)  # (groups·U,)
+        rows = (query * (G * R))[:, None] + torch.arange(R, device=order.device)  # (groups·U, R)
+        for g in range(G):  # for every key, the sum over the pairs that it occurs in
+            sums = F.embedding_bag((rows + g * R).flatten(), x.flatten(0, 2), begin * R,
+                                   mode="sum", per_sample_weights=weights[:, g].flatten())
+            out.flatten(0, 1)[:, g].index_add_(0, used, sums)
+
+
+def is_gathered(selection, tile):
+    """
+    Do the tile's queries gather their keys? They do where the tile sees so many keys that a dense
+    block of all of them would cost more.
+    """
+    if selection.indices is None:
+        return False
+    n_queries = tile.last - tile.first
+    cost = GATHERED_COST if n_queries > 1 else 1  # one query's dense block is read once, too
+    return tile.end - tile.begin > cost * selection.indices.size(2)
+
+
+def blocks(selection, n_head):
+    """Yield the blocks that all queries of a selection are divided into, for n_head heads."""
+    B = len(selection.k_t)
+    by_kind = itertools.groupby(selection.visible.tiles, lambda tile: is_gathered(selection, tile))
+    for gathered, tiles in by_kind:
+        tiles = list(tiles)
+        if gathered:
+            step = max(1, GATHERED_LOGITS // (B * n_head * selection.indices.size(2)))
+            last = tiles[-1].last
+            for t in range(tiles[0].first, last, step):
+                queries = slice(t, min(t + step, last))
+                yield GatheredKeys(queries, selection.indices, selection.visible.n_keys)
+            continue
+        for tile in tiles:
+            bias = selected_bias(selection, tile).expand(B, -1, -1)  # (B, queries, end - begin)
+            for t in range(tile.first, tile.last, DENSE_QUERIES):
+                last = min(t + DENSE_QUERIES, tile.last)
+                end = tile.end - (tile.last - last)  # positions increase: earlier queries see less
+                part = bias[:, t - tile.first:last - tile.first, :end - tile.begin]
+                yield DenseBlock(slice(t, last), slice(tile.begin, end), part)
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention and the index loss, block by block
+
+class SparseAttention(torch.autograd.Function):
+    """attention.sparse_attention. Returns o (B, T, H, d) and LSE (B, T, H)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, selection):
+        dtype = q.dtype
+        q, k, v = (at_least_fp32(x).contiguous() for x in (q, k, v))
+        o = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3])
+        workspace = Workspace()
+        for block in blocks(selection, q.size(2)):
+            s = block.logits(block.rows(q, k.size(2)), k, workspace)  # (groups, G, R·n, U)
+            largest = s.amax(-1)
+            p = torch.softmax(s, -1, out=s)  # in place
+            block.store(block.weighted_sum(p, v), o)
+            # The largest P is 1 / Σ exp(S - largest S)
+            block.store((largest - p.amax(-1).log())[..., None], lse[..., None])
+        ctx.save_for_backward(q, k, v, o)
+        ctx.selection = selection
+        ctx.mark_non_differentiable(lse)
+        return o.to(dtype), lse
+
+    @staticmethod
+    def backward(ctx, do, _):
+        """
+        P is computed again: nothing of size T·k was kept.
+        dP = dO·v, dS = P·(dP - Σ_d dO·O), dq = dS·k, dk = dSᵀ·q, dv = Pᵀ·dO.
+        """
+        q, k, v, o = ctx.saved_tensors
+        do = do.to(q.dtype).contiguous()
+        G = k.size(2)
+        scale = 1 / math.sqrt(k.size(3))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        workspace = Workspace()
+        for block in blocks(ctx.selection, q.size(2)):
+            q_rows, o_rows, do_rows = (block.rows(x, G) for x in (q, o, do))
+            s = block.logits(q_rows, k, workspace)  # (groups, G, R·n, U)
+            p = torch.softmax(s, -1, out=s)
+            ds = workspace("ds", p, *p.shape)
+            ds.copy_((do_rows * o_rows).sum(-1, keepdim=True).neg_())  # -Σ_d dO·O
+            block.add_products(do_rows, v, ds).mul_(p)
+            block.store(block.weighted_sum(ds, k).mul_(scale), dq)
+            block.scatter_add(ds, q_rows, dk, scale)
+            block.scatter_add(p, do_rows, dv)
+        return dq, dk, dv, None
+
+
+sparse_attention = torch.compiler.disable(SparseAttention.apply)
+
+
+class IndexLoss(torch.autograd.Function):
+    """
+    attention.index_loss. The loss is a number, so its gradients are computed in the same pass over
+    the blocks, and backward only scales them. want_grads = False leaves them out.
+    """
+
+    @staticmethod
+    def forward(ctx, iq, ik, iw, ib, log_tau, activation, q, k, selection, want_grads):
+        iq, ik, iw, ib = (at_least_fp32(x).contiguous() for x in (iq, ik, iw, ib))
+        q, k = (at_least_fp32(x).contiguous() for x in (q, k))
+        scale = 1 / math.sqrt(iq.size(3))
+        tau = log_tau.exp()
+        ik = ik[:, :, None]  # (B, S, 1, di): one key head
+        iw = iw[..., None]  # (B, T, Hi, 1)
+        diq, dik, diw, dib = map(torch.zeros_like, (iq, ik, iw, ib))
+        loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
+        workspace = Workspace()
+        for block in blocks(selection, q.size(2)):
+            # 1. teacher: the attention, averaged over the heads
+            s = block.logits(block.rows(q, k.size(2)), k, workspace)  # (groups, G, R·n, U)
+            p = torch.softmax(s, -1, out=s)
+            n, U = block.bias.shape[1:]
+            p = p.view(block.groups, -1, n, U).mean(1).to(iq.dtype)  # (groups, n, U)
+            # 2. student: softmax(τ·I), and log Z, the LSE of τ·I
+            q_rows = block.rows(iq, 1)  # (groups, 1, Hi·n, di)
+            w_rows = block.rows(iw, 1)  # (groups, 1, Hi·n, 1)
+            z = workspace("z", iq, *q_rows.shape[:3], U)
+            per_head = (block.groups, -1, n, U)  # the shape (groups, Hi, n, U)
+            z.view(per_head).copy_(ib[:, None, None])
+            block.add_products(q_rows, ik, z, scale)
+            a = z.sigmoid_() if activation == "sigmoid" else z.relu_()
+            scores = (a * w_rows).view(per_head).sum(1)  # (groups, n, U), Eq. 7
+            logits = torch.add(block.bias, scores * tau)
+            student = logits.softmax(-1)
+            log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, n)
+            # 3. Σ_s p·(log p - τ·I + log Z), where Σ_s p = 1
+            loss += torch.xlogy(p, p).sum() - tau * (p * scores).sum() + log_z.sum()
+            if not want_grads:
+                continue
+            # 4. gradients; that of τ·I is student - p
+            g = student.sub_(p)
+            dtau += (g * scores).sum() * tau
+            g *= tau
+            block.store((a.view(per_head) * g[:, None]).sum(-1).view(block.groups, 1, -1, 1), diw)
+            dz = a - a.square() if activation == "sigmoid" else (a > 0).to(a.dtype)
+            dz.view(per_head).mul_(g[:, None])
+            dz *= w_rows  # (groups, 1, Hi·n, U)
+            dib += dz.view(per_head).sum((0, 2, 3))
+            block.store(block.weighted_sum(dz, ik).mul_(scale), diq)
+            block.scatter_add(dz, q_rows, dik, scale)
+        ctx.save_for_backward(diq, dik[:, :, 0], diw[..., 0], dib, dtau)
+        ctx.n_queries = iq.size(0) * iq.size(1)
+        return loss / ctx.n_queries
+
+    @staticmethod
+    def backward(ctx, grad):
+        grads = [g * (grad / ctx.n_queries) for g in ctx.saved_tensors]
+        return *grads, None, None, None, None, None
+
+
+index_loss = torch.compiler.disable(IndexLoss.apply)
+
+
+# --------------------------------------------------------------------------------------------------
+# Measurements
+
+@torch.compiler.disable
+@torch.no_grad()
+def attention_report(q, k, selection):
+    """
+    What a selection does to a layer's attention: a dict of numbers (). O(T²) time.
+
+    recall       share of full attention (mean over heads) that falls on S_t, mean over the queries
+                 that have to choose (k_t below the number of visible keys); 1 where none has to
+    recall_best  the same for the k_t keys with most attention: what a perfect indexer would reach
+    first_token  share of the attention over S_t on the document's first key, mean over the
+                 queries behind it
+    """
+    visible = selection.visible
+    q, k = at_least_fp32(q), at_least_fp32(k)
+    B, G = len(q), k.size(2)
+    recall = best = first_token = 0.0
+    n_choosing = n_behind = 0
+    for tile in visible.tiles:
+        # 1. attention over all visible keys, and over the selected ones
+        block = DenseBlock(tile.queries, tile.keys, visible_bias(visible, tile).expand(B, -1, -1))
+        s = block.logits(block.rows(q, G), k, Workspace())  # (B, G, R·n, U)
+        full = s.softmax(-1).view(B, -1, *block.bias.shape[1:])  # (B, H, n, U)
+        selected = selected_bias(selection, tile) == 0  # (1 or B, n, U)
+        kept = full * selected[:, None]
+        kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, n, U)
+        full = full.mean(1)  # (B, n, U)
+        # 2. recall of the queries that choose
+        mask = visible.mask(tile.queries, tile.begin, tile.end)  # (1 or B, n, U)
+        n_visible = mask.sum(-1)  # (1 or B, n)
+        k_t = selection.k_t[:, tile.queries]  # (B, n)
+        choosing = k_t < n_visible
+        n_choosing += choosing.sum()
+        recall += ((full * selected).sum(-1) * choosing).sum()
+        largest_first = full.sort(-1, descending=True).values.cumsum(-1)
+        best += (largest_first.gather(2, k_t[..., None] - 1)[..., 0] * choosing).sum()
+        # 3. the first token
+        first = mask & (mask.cumsum(-1) == 1)
+        behind = (n_visible > 1).expand_as(k_t)
+        n_behind += behind.sum()
+        first_token += ((kept * first).sum(-1) * behind).sum()
+    one = torch.ones((), device=q.device)
+    return {"recall": recall / n_choosing if n_choosing else one,
+            "recall_best": best / n_choosing if n_choosing else one,
+            "first_token": first_token / n_behind.clamp(min=1)}

@@ -1,0 +1,164 @@
+"""
+Text to token ids and back.
+
+    tokenizer = Tokenizer("bytes")     # or "gpt2", "llama3:/path/tokenizer.model", …
+    tokenizer.encode("Hi")             # -> array([72, 105])
+    tokenizer.decode([72, 105])        # -> "Hi"
+"""
+import base64
+import functools
+import hashlib
+import re
+
+import numpy as np
+import tiktoken
+
+from configurator import UserError
+
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+MAX_VOCAB = 1 << 24  # a larger rank is a damaged file
+
+
+def _read_ranks(path):
+    """
+    {token: rank} of a file of lines "base64-token rank", the format of Llama 3's tokenizer.model.
+    The file itself is read: tiktoken's own loader caches local files by their path,
+    not their content.
+    """
+    wrong = ""
+    ranks = {}
+    try:
+        with open(path, "rb") as f:
+            lines = [line.split() for line in f.read().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if len(ranks) < len(lines):
+            wrong = "a token stands twice in it"
+    except OSError as e:
+        wrong = e.strerror
+    except ValueError:
+        wrong = "it is damaged or of another kind"
+    if not wrong and any(bytes([i]) not in ranks for i in range(256)):
+        wrong = "it lacks some of the 256 single bytes"
+    numbers = set(ranks.values())
+    if not wrong and (len(numbers) < len(ranks) or min(numbers) < 0 or max(numbers) > MAX_VOCAB):
+        wrong = "its ranks are not distinct small numbers"
+    if wrong:
+        raise UserError(f"{path} is not a readable file of token ranks: {wrong}")
+    return ranks
+
+
+def _rank_file_encoding(name):
+    """
+    A tiktoken.Encoding of "llama3:PATH", with Llama 3's 256 special tokens,
+    or "tiktoken:PATH", with one.
+    """
+    kind, path = name.split(":", 1)
+    ranks = _read_ranks(path)
+    special = ["<|endoftext|>"]
+    if kind == "llama3":  # the other 254 have no use here
+        special = (["<|begin_of_text|>", "<|end_of_text|>"]
+                   + [f"<|special_{i}|>" for i in range(254)])
+    first = max(ranks.values()) + 1
+    return tiktoken.Encoding(name, pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
+                             special_tokens={s: first + i for i, s in enumerate(special)})
+
+
+def _cut_blanks(text, longest=10_000):
+    """
+    tiktoken's regex panics on a million blanks in a row: cut such runs.
+    The pieces joined give the text.
+    """
+    # Most texts need no cut. A run of `longest` blanks contains a whole stretch of `half`
+    # characters, so a text without a blank stretch has no such run.
+    half = longest // 2
+    if not any(text[i:i + half].isspace() for i in range(0, len(text) - half + 1, half)):
+        return [text]
+    cuts = [m.start() + longest for m in re.finditer(r"\s{%d}(?=\s)" % longest, text)]
+    return [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
+
+
+class Tokenizer:
+    """
+    A tiktoken encoding plus a separator id. Text that spells a special token is ordinary text.
+
+    name: "bytes" (id = byte, separator 256, no network), a name that tiktoken knows ("gpt2"), or
+    "llama3:PATH" or "tiktoken:PATH", a file of token ranks. Raises UserError.
+    """
+
+    def __init__(self, name):
+        self.name = name
+        if name == "bytes":
+            ranks = {bytes([i]): i for i in range(256)}
+            self.enc = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
+                                         special_tokens={"<|endoftext|>": 256})
+        elif name.startswith(("llama3:", "tiktoken:")):
+            self.enc = _rank_file_encoding(name)
+        else:
+            try:
+                self.enc = tiktoken.get_encoding(name)
+            except ValueError:
+                names = ["bytes", "llama3:PATH", "tiktoken:PATH"] + tiktoken.list_encoding_names()
+                raise UserError(f"tokenizer {name!r} is not one of {', '.join(names)}") from None
+            except OSError:  # requests' ConnectionError is one
+                raise UserError(
+                    f"tokenizer {name!r} must be downloaded once and cannot be: "
+                    "use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to a folder "
+                    "filled on a machine with network") from None
+        end = "<|end_of_text|>" if name.startswith("llama3:") else "<|endoftext|>"
+        self.separator = self.enc.encode_single_token(end)
+        self.vocab_size = self.enc.n_vocab
+        self.dtype = np.dtype("uint16" if self.vocab_size <= 1 << 16 else "uint32")
+
+    def encode(self, text):
+        """str (no lone surrogates) -> 1-D numpy array of ids."""
+        if self.name == "bytes":
+            return np.frombuffer(text.encode(), dtype=np.uint8)
+        pieces = [self.enc.encode_to_numpy(p, disallowed_special=()) for p in _cut_blanks(text)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def decode(self, ids):
+        """
+        Ids -> str.
+        Ids outside the vocabulary (padding rows) are dropped, broken UTF-8 becomes U+FFFD.
+        """
+        return b"".join(self.token_bytes(i) for i in ids).decode(errors="replace")
+
+    def token_bytes(self, i):
+        """The bytes of one id; none for the separator and for ids outside the vocabulary."""
+        try:
+            return b"" if i == self.separator else self.enc.decode_single_token_bytes(int(i))
+        except (KeyError, OverflowError):
+            return b""
+
+    @functools.cached_property
+    def token_lengths(self):
+        """Bytes of every id, (vocab_size,): token_lengths[ids].sum() is the text's size."""
+        return np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)])
+
+    @functools.cached_property
+    def fingerprint(self):
+        """
+        SHA-256 of the vocabulary, every token's bytes in the order of the ids:
+        a name may come to mean another file.
+        """
+        digest = hashlib.sha256()
+        for i in range(self.vocab_size):
+            token = self.token_bytes(i)
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
+
+def open_tokenizer(meta, name=""):
+    """
+    The tokenizer of prepared data or of a checkpoint. meta: the dict of its meta.json.
+    name: the tokenizer under another name or path, if the vocabulary file has moved.
+    Raises UserError if its vocabulary is not the one that made the data.
+    """
+    tokenizer = Tokenizer(name or meta["tokenizer"])
+    wanted = meta["vocabulary"]
+    if tokenizer.fingerprint != wanted or tokenizer.vocab_size != meta["vocab_size"]:
+        raise UserError(f"tokenizer {tokenizer.name!r} is not the vocabulary that this data or "
+                        f"checkpoint was made with (SHA-256 {tokenizer.fingerprint[:12]}…, "
+                        f"not {wanted[:12]}…): bring that file back")
+    return tokenizer

@@ -11,7 +11,7 @@ the reference that every faster path is tested against. `backend` names the path
 
     "eager"   this file
     "torch"   tiled.py: some queries at a time, O(tile·S) memory
-    "triton"  kernels.py, kernels_select.py: on a GPU, or slowly in Triton's interpreter
+    "triton"  kernels.py and its like: on a GPU, or slowly in Triton's interpreter
     "auto"    "triton" on a GPU, "torch" elsewhere
 
 A backend that cannot run raises an error (checks.py): nothing is replaced silently.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import kernels
+import kernels_loss
 import kernels_select
 import tiled
 from checks import check_index, check_inputs
@@ -67,7 +68,7 @@ class Budget(NamedTuple):
 
     @property
     def adaptive(self):
-        """Does k_t depend on the variance of the scores?"""
+        """May k_t depend on the variance of the scores?"""
         return self.rule != "fixed"
 
     @property
@@ -255,10 +256,6 @@ def index_loss_eager(q, k, index, log_tau, mask):
 # --------------------------------------------------------------------------------------------------
 # What model.py calls: select, score_variance, sparse_attention, index_loss
 
-def contiguous(*tensors):
-    return [x.contiguous() for x in tensors]
-
-
 def no_autocast(function):
     """The function without autocast: every path computes in the dtype of its inputs or better."""
     @functools.wraps(function)
@@ -292,7 +289,7 @@ def select(index, visible, budget, backend="auto"):
         k_t, indices, var = tiled.select(index, visible, budget)
     else:
         k_t, indices, var = kernels_select.select(
-            *contiguous(*index[:4]), index.activation, visible.pos, visible.start,
+            *index, visible.pos, visible.start,
             **budget._asdict(), width=min(budget.largest, visible.n_keys))
     return Selection(visible, k_t, indices, var)
 
@@ -307,8 +304,7 @@ def score_variance(index, visible, backend="auto"):
         return variance(scores, visible.mask().expand_as(scores))
     if backend == "torch":
         return tiled.score_variance(index, visible)
-    return kernels_select.score_variance(*contiguous(*index[:4]), index.activation, visible.pos,
-                                         visible.start)
+    return kernels_select.score_variance(*index, visible.pos, visible.start)
 
 
 @no_autocast
@@ -327,7 +323,6 @@ def sparse_attention(q, k, v, selection, backend="auto"):
         return o, lse.detach()
     if backend == "torch":
         return tiled.sparse_attention(q, k, v, selection)
-    q, k, v = contiguous(q, k, v)
     union = selection.union_list(kernels.attention_tile(q, k))
     return kernels.attend(q, k, v, union, visible.pos, visible.start)
 
@@ -353,5 +348,5 @@ def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
     if backend == "torch":
         return tiled.index_loss(*student, index.activation, q, k, selection, want_grads)
     union = selection.union_list(kernels.attention_tile(q, k))
-    return kernels.index_loss(*contiguous(q, k, lse, *student), union, visible.pos, visible.start,
-                              index.activation, want_grads)
+    return kernels_loss.index_loss(q, k, lse, *student, union, visible.pos, visible.start,
+                                   index.activation, want_grads)

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import attention
 import kernels
+import kernels_loss
 import kernels_select
 from attention import Budget, Index, Visible
 from configurator import UserError, check_ranges, parse, run, say
@@ -356,7 +357,7 @@ def report_kernels(dtype, H, G, d):
     """The kernels to compile for a layer, by name. What depends on no layer is with the first."""
     found = {"attend": kernels._attend_kernel,
              "attend backward": kernels._attend_backward_kernel,
-             "index loss": kernels._index_loss_kernel}
+             "index loss": kernels_loss._index_loss_kernel}
     if dtype == "bf16" or d > 128:
         found["sum"] = kernels._sum_kernel
     if (dtype, H, G, d) == COMPILED_LAYERS[0]:

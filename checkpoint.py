@@ -5,7 +5,7 @@ its model is computed with. sample.py and eval.py import this file and need no t
     model, checkpoint = load_model("out", device="cpu")
 
 ckpt.pt holds the model's weights, the optimizers' state, the step, the settings and the data's
-meta.json. It is always a whole file, and every number in it is finite.
+meta.json. It is always a whole file, and every weight in it is finite.
 """
 import contextlib
 import json
@@ -31,6 +31,8 @@ def use_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)  # the kernels are launched on the current device
         torch.autocast(name.split(":")[0], dtype=torch.bfloat16, enabled=False)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None

@@ -282,10 +282,11 @@ def only_one(folder, script):
     os.makedirs(folder, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another {script} is at work on {folder}") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another {script} is at work on {folder}") from None
     finally:
         os.close(handle)
         if new:

@@ -18,7 +18,7 @@ import string
 import numpy as np
 
 from configurator import UserError, mismatch
-from tokenizer import MAX_VOCAB, Tokenizer, open_tokenizer  # scripts import them from here
+from tokenizer import MAX_VOCAB, open_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # A prepared folder
@@ -57,7 +57,7 @@ def check_meta(meta):
 def read_meta(folder):
     """
     The dict of folder/meta.json; None where there is no such file.
-    Raises UserError for a damaged one.
+    Raises UserError for one that is damaged or cannot be read.
     """
     path = os.path.join(folder, "meta.json")
     try:
@@ -67,7 +67,7 @@ def read_meta(folder):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
-        wrong = e.strerror
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError):
         wrong = "it is not JSON"
     if wrong:
@@ -91,7 +91,7 @@ class Shards:
         assert step == 1, "a slice of shards has no step"
         out = [self.parts[0][:0]]  # even a slice of nothing has the right dtype
         i = int(np.searchsorted(self.ends, start, "right"))
-        while start < stop and i < len(self.parts):
+        while start < stop:
             first = int(self.ends[i]) - len(self.parts[i])
             out.append(self.parts[i][start - first:stop - first])
             start = int(self.ends[i])

@@ -8,6 +8,7 @@ and val and for finding duplicates, and tokenized. prepare.py's processes run th
 import functools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -142,7 +143,7 @@ def encode_blocks(blocks, cfg):
             yield block.state, encode_block(block, cfg)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cfg.processes, mp_context=spawn, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(cfg.processes, mp_context=spawn, initializer=_start_worker)
     waiting = deque()  # never more than a few blocks are held
     try:
         for block in blocks:
@@ -161,9 +162,15 @@ def encode_blocks(blocks, cfg):
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent():
-    """End this worker when its parent has been killed: else it would wait for work for ever."""
+def _start_worker():
+    """
+    Leave Ctrl-C to the parent, which ends its workers. And end this worker when the parent has been
+    killed: else it would wait for work for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()

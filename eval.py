@@ -16,7 +16,7 @@ import os
 import random
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from attention import attention_probabilities, document_starts, select
 from checkpoint import (check_dtype, check_vocabulary, find_data, load_model, precision, read_log,
                         use_device)
 from configurator import UserError, check_ranges, duration, parse, replacing, run, say, to_json
-from data import Batches, Data, check_ids, open_tokenizer, passkey_line, random_passkey
+from data import Batches, Data, check_ids, passkey_line, random_passkey
 from model import KVCache
 from pictures import draw_results, draw_selection, save_picture
+from tokenizer import open_tokenizer
 
 
 @dataclass
@@ -150,7 +151,8 @@ def perplexity(model, ids, separator, token_lengths, stride, batch_size, doc_mas
 
 def haystack(ids, tokenizer):
     """
-    The validation documents that hold no pass-key, joined without separators: 1-D array of ids.
+    The validation documents that hold no pass-key in their first 4000 tokens, joined without
+    separators: 1-D array of ids.
     """
     ends = np.flatnonzero(ids == tokenizer.separator)
     docs = [ids[a:b] for a, b in zip(np.append(0, ends[:-1] + 1), ends)]
@@ -193,8 +195,7 @@ def score_keys(model, prompts, keys, device):
     """
     prompts: list of n id arrays of one length. keys: n lists of K id arrays, the right key first.
     Returns log-likelihoods (n, K), and (n,) bool: would greedy decoding write the right key?
-    (It would exactly if every token of the key is the argmax after those before it. So the pass
-    that scores the keys also tells this.)
+    (It does if and only if each token of the key is the argmax after those before it.)
     """
     # 1. the keys as rows, padded with -1
     n, K = len(keys), len(keys[0])
@@ -224,7 +225,7 @@ def score_keys(model, prompts, keys, device):
 def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batch_size,
            device="cpu"):
     """
-    Retrieval at one context length.
+    Retrieval at one context length, the same needles for every batch_size.
     Returns a list of cells, one per depth: length, depth, accuracy and accuracy_std (exact match
     of the generated key, mean and standard deviation over seeds), rank and rank_std (of the right
     key among 1 + distractors, 1 is best).
@@ -232,29 +233,32 @@ def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, b
     cells = []
     with Progress(f"needle at {length} tokens", len(depths) * seeds) as progress:
         for depth in depths:
-            exact, ranks = [], []  # one mean per seed
+            seed_accuracy, seed_rank = [], []
             for seed in range(seeds):
                 rng = random.Random(f"{seed} {length} {depth}")
-                hits, rank = [], []  # one value per needle
+                # 1. needles: prompt, right key and wrong keys of one after those of the other
+                prompts, keys = [], []
+                for _ in range(samples):
+                    ids, key, _ = needle_prompt(hay, tokenizer, length, depth, longest_answer(),
+                                                rng)
+                    wrong = [random_passkey(rng)[1] for _ in range(distractors)]
+                    prompts.append(ids)
+                    keys.append([tokenizer.encode(k) for k in [key, *wrong]])
+                # 2. their scores
+                hits, ranks = [], []
                 for i in range(0, samples, batch_size):
-                    count = min(batch_size, samples - i)
-                    made = [needle_prompt(hay, tokenizer, length, depth, longest_answer(), rng)
-                            for _ in range(count)]
-                    shortest = min(len(ids) for ids, _, _ in made)
-                    prompts = [ids[len(ids) - shortest:] for ids, _, _ in made]
-                    keys = []
-                    for _, key, _ in made:
-                        wrong = [random_passkey(rng)[1] for _ in range(distractors)]
-                        keys.append([tokenizer.encode(k) for k in [key, *wrong]])
-                    likelihood, right = score_keys(model, prompts, keys, device)
+                    batch = slice(i, i + batch_size)
+                    likelihood, right = score_keys(model, prompts[batch], keys[batch], device)
                     hits += right.tolist()
-                    rank += (1 + (likelihood[:, 1:] > likelihood[:, :1]).sum(1)).tolist()
-                exact.append(np.mean(hits))
-                ranks.append(np.mean(rank))
+                    ranks += (1 + (likelihood[:, 1:] > likelihood[:, :1]).sum(1)).tolist()
+                seed_accuracy.append(np.mean(hits))
+                seed_rank.append(np.mean(ranks))
                 progress.step()
-            cells.append({"length": length, "depth": depth,
-                          "accuracy": float(np.mean(exact)), "accuracy_std": float(np.std(exact)),
-                          "rank": float(np.mean(ranks)), "rank_std": float(np.std(ranks))})
+            cells.append({
+                "length": length, "depth": depth,
+                "accuracy": float(np.mean(seed_accuracy)),
+                "accuracy_std": float(np.std(seed_accuracy)),
+                "rank": float(np.mean(seed_rank)), "rank_std": float(np.std(seed_rank))})
     return cells
 
 
@@ -301,21 +305,18 @@ def last_query(model, ids, device="cpu"):
     return layers
 
 
-def needle_selection(model, hay, tokenizer, lengths, device="cpu"):
+def needle_selection(model, hay, tokenizer, length, device="cpu"):
     """
-    last_query of a prompt with a needle in its middle, at the first of the lengths at which some
-    layer selects fewer keys than there are. Returns the layers, the needle's place (a slice) and
-    the prompt. Raises UserError where there is nothing to see.
+    last_query of a prompt of `length` tokens with a needle in its middle. Returns the layers and
+    the needle's place, a slice. Raises UserError where there is nothing to see.
     """
     if not model.config.sparse:
         raise UserError("this model has no indexer")
-    for length in sorted(lengths):
-        ids, _, place = needle_prompt(hay, tokenizer, length, 0.5, longest_answer(),
-                                      random.Random(0))
-        layers = last_query(model, ids, device)
-        if any(not selected.all() for _, selected in layers):
-            return layers, place, ids
-    raise UserError("at none of the needle's lengths has the indexer to leave out keys")
+    ids, _, place = needle_prompt(hay, tokenizer, length, 0.5, longest_answer(), random.Random(0))
+    layers = last_query(model, ids, device)
+    if all(selected.all() for _, selected in layers):
+        raise UserError(f"at {length} tokens the indexer selects every key")
+    return layers, place
 
 
 # --------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def needle_lengths(cfg, T):
     lengths = [max(1, T // 4), max(1, T // 2), T]
     if cfg.lengths:
         try:
-            lengths = [int(n) for n in cfg.lengths.split(",")]
+            lengths = sorted({int(n) for n in cfg.lengths.split(",")})
         except ValueError:
             raise UserError(f"lengths {cfg.lengths!r} is not a list like 256,512") from None
     if max(lengths) > T or min(lengths) < 1 or cfg.stride > T:
@@ -412,8 +413,7 @@ def evaluate(cfg):
         raise UserError(f"{path} and max_tokens {cfg.max_tokens} leave nothing to predict")
     check_ids(np.asarray(data.val), data.vocab_size)
     doc_mask = trained.get("doc_mask", True)
-    result = dict(out_dir=cfg.out_dir, step=checkpoint["step"], seeds=cfg.seeds,
-                  distractors=cfg.distractors)
+    result = {**asdict(cfg), "data": path, "stride": stride, "step": checkpoint["step"]}
 
     def keep(**part):
         result.update(part)
@@ -455,8 +455,8 @@ def evaluate(cfg):
             save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, logs,
                          warmup_end)
             try:
-                fitting = [n for n in lengths if n not in skipped]
-                layers, place, _ = needle_selection(model, hay, tokenizer, fitting, device)
+                longest = max((n for n in lengths if n not in skipped), default=0)
+                layers, place = needle_selection(model, hay, tokenizer, longest, device)
                 save_picture(os.path.join(cfg.out_dir, "selection.png"), draw_selection, layers,
                              place)
             except UserError as e:

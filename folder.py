@@ -1,5 +1,6 @@
 """
-The output folder of a pass of prepare.py, written so that a kill at any moment loses nothing.
+The output folder of a pass of prepare.py, written so that a kill at any moment loses at most the
+work since the last commit.
 
 The files only grow. At a commit they are put on the disk first; then meta.json is replaced as a
 whole and says how long each file is, what its checksum is, and where the source goes on. A pass
@@ -86,11 +87,10 @@ class Folder:
     def create(self, name):
         """A new empty GrowingFile."""
         path = os.path.join(self.path, name)
-        if name not in self.made:
-            if os.path.lexists(path):
-                raise UserError(f"{path} is in the way and not prepare.py's: move it away")
-            self.made.append(name)
-            self.write(self.meta)
+        if os.path.lexists(path):
+            raise UserError(f"{path} is in the way and not prepare.py's: move it away")
+        self.made.append(name)
+        self.write(self.meta)
         return GrowingFile(open(path, "wb"), xxhash.xxh3_64())
 
     def reopen(self, name, size, xxh3):
@@ -177,7 +177,8 @@ def changed_file(before, now, columns=3):
     "" if there is none.
     """
     def parse(text):
-        return [line.split("\t")[:columns] for line in text.splitlines()]
+        lines = text.split("\n")[:-1]  # a path may hold other line ends, and tabs
+        return [line.rsplit("\t", 2)[:columns] for line in lines]
 
     for old, new in itertools.zip_longest(parse(before), parse(now)):
         if old is None:

@@ -3,7 +3,7 @@ The Triton path of Gated Sparse Attention (arXiv 2601.15305): GPU kernels and th
 around them. The equations in plain PyTorch are in attention.py; this computes the same numbers.
 
 Why tiles. Every query t attends to its own k_t keys. If one GPU program served one query, it would
-read each key and value for that query alone: about 4 FLOP per byte, which keeps a GPU waiting for
+read each key and value for that query alone: a few FLOP per byte, which keeps a GPU waiting for
 its memory. But neighbouring queries choose nearly the same keys. So one program owns a *tile* of up
 to 32 neighbouring queries, walks over the *union* of their keys and reads each key once for all of
 them. Beside every key of the union stand its *query bits*: bit i says whether query i of the tile
@@ -31,7 +31,7 @@ The public functions, in the order in which a layer calls them:
     select      scores (Eq. 7) -> variance -> k_t (Eq. 8) -> exact top-k: kernels_select.py
     union_list  the chosen keys of the queries -> the union lists of their tiles
     attend      softmax attention over the lists, forward and backward
-    index_loss  KL divergence of the indexer from that attention, with its gradients
+    index_loss  KL divergence of the indexer from that attention: kernels_loss.py
 
 Sums over tiles (the gradients of k and v) are made in the order of the tiles: two runs give the
 same bits. Nothing here waits for the GPU, except where a union list is very long (LIST_BYTES).
@@ -45,7 +45,6 @@ Names in the kernels
     TRITON_INTERPRET=1 python -m pytest tests/test_triton.py    # runs the kernels on a CPU, slowly
     python bench.py --compile    # registers, spills, matrix units for each GPU; needs no GPU
 """
-import functools
 import math
 import os
 import types
@@ -66,7 +65,8 @@ except ImportError:  # the file imports without Triton, but no kernel runs
     def jit(kernel):
         return kernel
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it where a kernel is defined
+# Triton reads it where a kernel is defined; checks.py and bench.py ask for it
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 SCORES_BYTES = 32 << 20  # 32 MB: scores, or query bits, that are held at a time: they stay in L2
 PARTIAL_BYTES = 1 << 30  # 1 GB: partial gradients that are held before they are summed
@@ -82,7 +82,7 @@ HIDDEN = tl.constexpr(-1e30)
 # --------------------------------------------------------------------------------------------------
 # Sizes for each GPU. sm is ten times the compute capability: 80 A100, 89 Ada, 90 H100, 100 B200.
 
-def without_wgmma(sm):
+def only_mma_sync(sm):
     """
     Whether the GPU multiplies by mma.sync only: Ampere and Ada (80 to 89) and consumer Blackwell
     (120). Their operands pass through registers, and all but sm_80 and sm_87 have only 99 KB of
@@ -98,7 +98,7 @@ def rows_per_tile(sm, row_bytes, fp32):
     """
     if row_bytes > 256:
         return max(16, (16 << 10) >> (row_bytes - 1).bit_length())  # 16 KB of rows
-    if fp32 and without_wgmma(sm):
+    if fp32 and only_mma_sync(sm):
         return 64
     return 128
 
@@ -112,10 +112,12 @@ def queries_per_tile(sm, heads, row_bytes, index_heads=0, index_row_bytes=0, fp3
     loss also has rows of the indexer, which is in fp32: it passes index_heads, index_row_bytes.
     """
     padded_heads_log2 = (heads - 1).bit_length()
+    # checks.py lets 8 heads share a KV head, for which there are always rows enough
     queries = min(32, rows_per_tile(sm, row_bytes, fp32) >> padded_heads_log2)
     if index_heads:
         padded_heads_log2 = (index_heads - 1).bit_length()
-        queries = min(queries, rows_per_tile(sm, index_row_bytes, True) >> padded_heads_log2)
+        index_queries = rows_per_tile(sm, index_row_bytes, True) >> padded_heads_log2
+        queries = max(1, min(queries, index_queries))
     return queries
 
 
@@ -129,7 +131,7 @@ def launch_options(name, sm, d, rows=128, itemsize=2, ieee=False):
     the matrix unit; they take most registers, so the blocks are smallest.
     """
     row_bytes = d * itemsize
-    small = without_wgmma(sm) or row_bytes > 256
+    small = only_mma_sync(sm) or row_bytes > 256
     if name in ("select", "variance", "pack"):
         return dict(BS=1024, num_warps=4, num_stages=1)
     if name == "scores":
@@ -147,7 +149,7 @@ def launch_options(name, sm, d, rows=128, itemsize=2, ieee=False):
         return dict(BN=BN, num_warps=warps, num_stages=3)
     if name == "attend backward":
         BN = 32 if small else 64
-        if ieee or row_bytes > 512 or (without_wgmma(sm) and d > 64):
+        if ieee or row_bytes > 512 or (only_mma_sync(sm) and d > 64):
             BN = 16
         return dict(BN=BN, num_warps=8, num_stages=1)
     assert name == "index loss", name
@@ -187,24 +189,29 @@ def _positions(pos, start):
     has_start = start is not None
     start = start.contiguous() if has_start else pos  # pos: a pointer that is never read as start
     batch_stride = pos.size(1) if pos.size(0) > 1 else 0
-    return dict(p_pos=pos.contiguous(), p_start=start, pos_b=batch_stride, HAS_START=has_start)
+    return dict(p_pos=pos.contiguous(), p_start=start, pos_stride=batch_stride, HAS_START=has_start)
 
 
-def _attention_sizes(q, k):
-    """For q (B, T, H, d) and k (B, S, G, d)."""
+def padded_heads(heads, TQ):
+    """Rows per query of a tile: a power of two, so many that TQ of them are tl.dot's 16 rows."""
+    return max(triton.next_power_of_2(heads), 16 // TQ)
+
+
+def _attention_sizes(q, k, TQ):
+    """For q (B, T, H, d) and k (B, S, G, d), in tiles of TQ queries."""
     H, G, d = q.size(2), k.size(2), q.size(3)
     return dict(scale=1 / math.sqrt(d), T=q.size(1), S=k.size(1), H=H, G=G, D=d,
-                DP=block_width(d), RP=triton.next_power_of_2(H // G))
+                DP=block_width(d), RP=padded_heads(H // G, TQ), TQ=TQ)
 
 
-def _index_sizes(index_q, activation):
-    """For index_q (B, T, Hi, di)."""
+def _index_sizes(index_q, activation, TQ):
+    """For index_q (B, T, Hi, di), in tiles of TQ queries."""
     Hi, di = index_q.shape[2:]
     # σ may be approximated to 11 bits where the products are no better. The interpreter knows no
     # inline assembly.
     fast = index_q.is_cuda and (index_q.dtype != torch.float32 or _dot_precision() != "ieee")
     return dict(index_scale=1 / math.sqrt(di), Hi=Hi, DI=di, DIP=block_width(di),
-                RI=triton.next_power_of_2(Hi), SIGMOID=activation == "sigmoid", FAST=fast)
+                RI=padded_heads(Hi, TQ), SIGMOID=activation == "sigmoid", FAST=fast)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,12 +229,12 @@ def _rows(i_tile, TQ: tl.constexpr, HEADS: tl.constexpr):
 
 
 @jit
-def _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START: tl.constexpr):
+def _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START: tl.constexpr):
     """
     The last and the first key that query t can see: its own position (-1 where t is past the end
     of the sequence) and the start of its document.
     """
-    pos = tl.load(p_pos + i_b * pos_b + t, mask=t < T, other=-1).to(tl.int32)
+    pos = tl.load(p_pos + i_b * pos_stride + t, mask=t < T, other=-1).to(tl.int32)
     if HAS_START:
         start = tl.load(p_start + i_b * T + t, mask=t < T, other=0).to(tl.int32)
     else:
@@ -236,7 +243,7 @@ def _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START: tl.constexpr):
 
 
 @jit
-def _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_b,
+def _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_stride,
                      TQ: tl.constexpr, HAS_START: tl.constexpr):
     """The keys that any query of a tile can see: the first one and their number."""
     if HAS_START:
@@ -244,12 +251,12 @@ def _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_b,
     else:
         first = 0
     last_query = tl.minimum(i_tile * TQ + TQ, T) - 1
-    last = tl.load(p_pos + i_b * pos_b + last_query).to(tl.int32)
+    last = tl.load(p_pos + i_b * pos_stride + last_query).to(tl.int32)
     return first, last + 1 - first
 
 
 @jit
-def _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.constexpr,
+def _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_stride, TQ: tl.constexpr,
                   LIST_TQ: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr):
     """
     The keys that a tile reads: where its union list begins (DENSE: the first visible key) and how
@@ -257,9 +264,9 @@ def _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b, TQ: tl.const
     tile that it is a part of.
     """
     if DENSE:
-        first, n = _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, HAS_START)
+        first, n = _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_stride, TQ, HAS_START)
     else:
-        p_offsets += i_b * tl.cdiv(T, LIST_TQ) + i_tile * TQ // LIST_TQ
+        p_offsets += i_b * tl.cdiv(T, LIST_TQ) + (i_tile * TQ) // LIST_TQ
         first = tl.load(p_offsets)
         n = (tl.load(p_offsets + 1) - first).to(tl.int32)
     return first, n
@@ -489,7 +496,7 @@ def _add_partial_gradients(total, parts, slots, longest):
 @jit
 def _attend_kernel(
         p_q, p_k, p_v, p_o, p_lse, p_offsets, p_keys, p_query_bits, p_pos, p_start,
-        scale, B, T, S, pos_b,
+        scale, B, T, S, pos_stride,
         H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
         TQ: tl.constexpr, SPLITS: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr,
         PRECISION: tl.constexpr, BN: tl.constexpr):
@@ -505,7 +512,7 @@ def _attend_kernel(
     i_split = tl.program_id(2) % SPLITS
     i_b = (tl.program_id(2) // SPLITS).to(tl.int64)
     query, head, t = _rows(i_tile, TQ, RP)
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START)
+    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
     live = (t < T) & (head < R)
     row = t * H + i_g * R + head
     p_q += i_b * T * H * D
@@ -514,7 +521,7 @@ def _attend_kernel(
     p_o += (i_split * B + i_b) * T * H * D
     p_lse += (i_split * B + i_b) * T * H
     b_q = _load_block(p_q, row, live, D, DP)  # (rows, DP)
-    first, n = _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b,
+    first, n = _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_stride,
                              TQ, TQ, DENSE, HAS_START)
     if SPLITS > 1:
         part = tl.cdiv(n, SPLITS * BN) * BN
@@ -553,7 +560,7 @@ def _attend_kernel(
 def _attend_backward_kernel(
         p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, p_dk_parts, p_dv_parts, p_slots,
         p_offsets, p_keys, p_query_bits, p_pos, p_start,
-        scale, tile0, n_tiles, longest, T, S, pos_b,
+        scale, tile0, n_tiles, longest, T, S, pos_stride,
         H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
         TQ: tl.constexpr, DENSE: tl.constexpr, HAS_START: tl.constexpr,
         PRECISION: tl.constexpr, BN: tl.constexpr):
@@ -570,7 +577,7 @@ def _attend_backward_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     i_part = i_b * n_tiles + tl.program_id(0)
     query, head, t = _rows(i_tile, TQ, RP)
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START)
+    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
     live = (t < T) & (head < R)
     row = t * H + i_g * R + head
     p_q += i_b * T * H * D
@@ -589,7 +596,7 @@ def _attend_backward_kernel(
     lse = tl.load(p_lse + row, mask=live, other=0.0) * LOG2_E
     # (rows,)
     delta = tl.load(p_delta + row, mask=live, other=0.0)
-    first, n = _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b,
+    first, n = _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_stride,
                              TQ, TQ, DENSE, HAS_START)
 
     # 2. P and dS of BN keys at a time, and from them dq, dv, dk
@@ -630,7 +637,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, tile_queries: int, longest: int,
     lse = torch.empty(splits, B, T, H, device=q.device, dtype=torch.float32)
     _attend_kernel[tiles, G, B * splits](
         p_q=q, p_k=k, p_v=v, p_o=o, p_lse=lse, **_list_pointers(union, pos),
-        **_positions(pos, start), **_attention_sizes(q, k), B=B, TQ=tile_queries, SPLITS=splits,
+        **_positions(pos, start), **_attention_sizes(q, k, tile_queries), B=B, SPLITS=splits,
         PRECISION=_dot_precision(), **_options_like(q, "attend", tile_queries * H // G))
     if splits == 1:
         return o[0], lse[0]
@@ -660,8 +667,9 @@ def _attend_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse
         _attend_backward_kernel[n_tiles, G, B](
             p_q=q, p_k=k, p_v=v, p_do=do, p_lse=lse, p_delta=delta,
             p_dq=dq, p_dk_parts=dk_parts, p_dv_parts=dv_parts, p_slots=slots,
-            **_list_pointers(union, pos), **_positions(pos, start), **_attention_sizes(q, k),
-            tile0=tile0, n_tiles=n_tiles, longest=longest, TQ=tile_queries,
+            **_list_pointers(union, pos), **_positions(pos, start),
+            **_attention_sizes(q, k, tile_queries),
+            tile0=tile0, n_tiles=n_tiles, longest=longest,
             PRECISION=_dot_precision(), **_options_like(q, "attend backward"))
         _add_partial_gradients(dk, dk_parts, slots, longest)
         _add_partial_gradients(dv, dv_parts, slots, longest)
@@ -717,224 +725,3 @@ def attend(q, k, v, union, pos, start):
     """
     o, lse = _attend(q.contiguous(), k.contiguous(), v.contiguous(), *union, pos, start)
     return o, lse.detach()  # else the loss's backward would run attention's, for nothing
-
-
-# --------------------------------------------------------------------------------------------------
-# The loss that the indexer learns from
-
-@jit
-def _index_loss_kernel(
-        p_q, p_k, p_lse, p_index_q, p_index_k, p_index_w, p_index_b, p_tau, p_loss,
-        p_dindex_q, p_dindex_k_parts, p_dindex_w, p_dindex_b, p_dtau, p_slots,
-        p_offsets, p_keys, p_query_bits, p_pos, p_start,
-        scale, index_scale, tile0, n_tiles, longest, T, S, pos_b,
-        H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr,
-        Hi: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, RI: tl.constexpr,
-        TQ: tl.constexpr, LIST_TQ: tl.constexpr, SIGMOID: tl.constexpr, FAST: tl.constexpr,
-        DENSE: tl.constexpr, HAS_START: tl.constexpr, GRADS: tl.constexpr,
-        PRECISION: tl.constexpr, BN: tl.constexpr):
-    """
-    KL(p ‖ softmax(τ·I)) of TQ queries and, with GRADS, its gradients. Grid (n_tiles, B), tiles from
-    tile0 on. Teacher p: the mean over all heads of exp(S - LSE). Student: softmax of τ·I. The keys
-    are walked over twice, first for the student's LSE, then for everything else.
-
-    Three systems of rows, each with its own names:
-
-        rows of      number   row is                      names          what has these rows
-        queries      TQ       query                       query, t       p, I, the loss, dτ
-        the indexer  TQ·RI    query · RI + indexer head   index_*        q^I, w, their gradients
-        attention    TQ·RP    query · RP + head           attention_*    q, LSE of one KV head
-
-    The lists are attention's, of LIST_TQ ≥ TQ queries. What only other queries of a list chose is
-    masked. The gradient of k^I is summed over tiles like dk in _attend_backward_kernel.
-    """
-    # 1. the three row systems
-    R: tl.constexpr = H // G
-    i_tile = tl.program_id(0) + tile0
-    i_b = tl.program_id(1).to(tl.int64)
-    i_part = i_b * n_tiles + tl.program_id(0)
-    query, _, t = _rows(i_tile, TQ, 1)
-    query += i_tile * TQ % LIST_TQ  # within the list's tile
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START)
-    _, index_head, index_t = _rows(i_tile, TQ, RI)
-    index_live = (index_t < T) & (index_head < Hi)
-    index_row = index_t * Hi + index_head
-    _, attention_head, attention_t = _rows(i_tile, TQ, RP)
-    attention_live = (attention_t < T) & (attention_head < R)
-    p_q += i_b * T * H * D
-    p_k += i_b * S * G * D
-    p_lse += i_b * T * H
-    p_loss += i_b * T
-    p_dtau += i_b * T
-    p_index_q += i_b * T * Hi * DI
-    p_index_k += i_b * S * DI
-    p_index_w += i_b * T * Hi
-    p_dindex_q += i_b * T * Hi * DI
-    p_dindex_k_parts += i_part * longest * DI
-    p_dindex_w += i_b * T * Hi
-    p_dindex_b += i_b * T * Hi
-    p_slots += i_part * S
-    b_index_q = _load_block(p_index_q, index_row, index_live, DI, DIP)  # (TQ·RI, DIP)
-    # (TQ·RI,)
-    b_w = tl.load(p_index_w + index_row, mask=index_live, other=0.0).to(tl.float32)
-    # (TQ·RI,)
-    b_bias = tl.load(p_index_b + index_head, mask=index_head < Hi, other=0.0).to(tl.float32)
-    tau = tl.load(p_tau).to(tl.float32)
-    first, n = _keys_of_tile(p_offsets, p_pos, p_start, i_tile, i_b, T, pos_b,
-                             TQ, LIST_TQ, DENSE, HAS_START)
-
-    # 2. first walk: the student's LSE
-    b_max = tl.full([TQ], HIDDEN, tl.float32)
-    b_sum = tl.zeros([TQ], tl.float32)
-    for s0 in range(0, n, BN):
-        key, exists, chosen = _load_keys(p_keys, p_query_bits, first, s0 + tl.arange(0, BN), n,
-                                         query, pos, start, DENSE)
-        b_index_k = _load_block(p_index_k, key, exists, DI, DIP)  # (BN, DIP)
-        b_z, b_a, b_scores = _index_scores(b_index_q, b_index_k, b_w, b_bias, index_scale,
-                                           TQ, RI, BN, SIGMOID, FAST, PRECISION)
-        b_logits = tl.where(chosen, tau * b_scores, HIDDEN)  # (TQ, BN)
-        new_max = tl.maximum(b_max, tl.max(b_logits, 1))
-        b_exp = tl.where(chosen, tl.exp(b_logits - new_max[:, None]), 0.0)
-        b_sum = b_sum * tl.exp(b_max - new_max) + tl.sum(b_exp, 1)
-        b_max = new_max
-    b_lse = b_max + tl.log(tl.maximum(b_sum, 1e-30))  # (TQ,)
-
-    # 3. second walk
-    b_loss = tl.zeros([TQ], tl.float32)
-    b_dtau = tl.zeros([TQ], tl.float32)
-    b_dq = tl.zeros([TQ * RI, DIP], tl.float32)
-    b_dw = tl.zeros([TQ * RI], tl.float32)
-    b_dbias = tl.zeros([TQ * RI], tl.float32)
-    for s0 in range(0, n, BN):
-        slot = s0 + tl.arange(0, BN)
-        key, exists, chosen = _load_keys(p_keys, p_query_bits, first, slot, n,
-                                         query, pos, start, DENSE)
-        # 3a. the teacher
-        b_teacher = tl.zeros([TQ, BN], tl.float32)
-        for i_g in range(G):
-            attention_row = attention_t * H + i_g * R + attention_head
-            b_q = _load_block(p_q, attention_row, attention_live, D, DP)  # (TQ·RP, DP)
-            # (TQ·RP,), padding rows 1e30: they add exp(S - 1e30) = 0
-            lse = tl.load(p_lse + attention_row, mask=attention_live, other=1e30) * LOG2_E
-            b_k = _load_block(p_k, key * G + i_g, exists, D, DP)  # (BN, DP)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E)
-            b_p = tl.exp2(b_s - lse[:, None])  # (TQ·RP, BN)
-            b_teacher += tl.sum(tl.reshape(b_p, (TQ, RP, BN)), 1)
-        b_teacher = tl.where(chosen, b_teacher * (1.0 / H), 0.0)
-
-        # 3b. the student and the loss
-        b_index_k = _load_block(p_index_k, key, exists, DI, DIP)  # (BN, DIP)
-        b_z, b_a, b_scores = _index_scores(b_index_q, b_index_k, b_w, b_bias, index_scale,
-                                           TQ, RI, BN, SIGMOID, FAST, PRECISION)
-        b_student = tl.where(chosen, tl.exp(tau * b_scores - b_lse[:, None]), 0.0)  # (TQ, BN)
-        log_p = tl.log(tl.where(b_teacher > 0, b_teacher, 1.0))
-        b_loss += tl.sum(b_teacher * (log_p - tau * b_scores + b_lse[:, None]), 1)
-
-        # 3c. the gradients; 1 / √di is left to the caller
-        if GRADS:
-            b_g = b_student - b_teacher  # ∂KL/∂(τ·I)
-            b_dtau += tl.sum(b_g * b_scores, 1)
-            b_g = tl.broadcast_to((b_g * tau)[:, None, :], (TQ, RI, BN))
-            b_g = tl.reshape(b_g, (TQ * RI, BN))
-            b_dw += tl.sum(b_g * b_a, 1)
-            if SIGMOID:
-                b_dz = b_g * b_a * (b_w[:, None] - b_w[:, None] * b_a)
-            else:
-                b_dz = tl.where(b_z > 0, b_g * b_w[:, None], 0.0)
-            b_dbias += tl.sum(b_dz, 1)
-            b_dz = b_dz.to(b_index_k.dtype)
-            b_dq = tl.dot(b_dz, b_index_k, b_dq, input_precision=PRECISION)
-            b_dk = tl.dot(tl.trans(b_dz), b_index_q, input_precision=PRECISION)
-            _store_block(p_dindex_k_parts, slot, exists, b_dk, DI, DIP)
-            tl.store(p_slots + key, slot, mask=exists)
-
-    # 4. what was summed over the keys
-    tl.store(p_loss + t, b_loss, mask=t < T)
-    if GRADS:
-        tl.store(p_dtau + t, b_dtau, mask=t < T)
-        _store_block(p_dindex_q, index_row, index_live, b_dq, DI, DIP)
-        tl.store(p_dindex_w + index_row, b_dw, mask=index_live)
-        tl.store(p_dindex_b + index_row, b_dbias, mask=index_live)
-
-
-@torch.library.custom_op("gsa::index_loss", mutates_args=())
-def _index_loss(q: Tensor, k: Tensor, lse: Tensor, index_q: Tensor, index_k: Tensor,
-                index_w: Tensor, index_b: Tensor, log_tau: Tensor, tile_queries: int,
-                longest: int, offsets: Tensor | None, keys: Tensor | None,
-                query_bits: Tensor | None, pos: Tensor, start: Tensor | None, activation: str,
-                want_grads: bool) -> list[Tensor]:
-    """The loss () and, if wanted, its gradients in index_q, index_k, index_w, index_b, log_tau."""
-    B, T = q.shape[:2]
-    S, di = index_k.shape[1:]
-    union = UnionList(tile_queries, longest, offsets, keys, query_bits)
-    TQ = attention_tile(q, k, index_q)
-    tiles = triton.cdiv(T, TQ)
-    tau = log_tau.float().exp()
-    new = functools.partial(torch.empty, device=q.device, dtype=torch.float32)
-    loss = new(B, T)
-    names = "p_dindex_q p_dindex_w p_dindex_b p_dtau p_dindex_k_parts p_slots".split()
-    pointers = dict.fromkeys(names, loss)  # stand-ins, not written
-    groups = [(0, tiles)]
-    if want_grads:
-        dq = new(index_q.shape)
-        dk = new(index_k.shape).zero_()
-        dw = new(index_w.shape)
-        db = new(index_w.shape)
-        dtau = new(B, T)
-        groups = _tile_groups(tiles, longest, 4 * di, B, S)
-        dk_parts = new(B * groups[0][1] * longest * di)
-        pointers = dict(p_dindex_q=dq, p_dindex_w=dw, p_dindex_b=db, p_dtau=dtau,
-                        p_dindex_k_parts=dk_parts)
-    for tile0, n_tiles in groups:
-        if want_grads:
-            slots = torch.full((B, n_tiles, S), -1, device=q.device, dtype=torch.int32)
-            pointers["p_slots"] = slots
-        _index_loss_kernel[n_tiles, B](
-            p_q=q, p_k=k, p_lse=lse, p_index_q=index_q, p_index_k=index_k, p_index_w=index_w,
-            p_index_b=index_b, p_tau=tau, p_loss=loss, **pointers,
-            **_list_pointers(union, pos), **_positions(pos, start),
-            **_attention_sizes(q, k), **_index_sizes(index_q, activation),
-            tile0=tile0, n_tiles=n_tiles, longest=longest, TQ=TQ, LIST_TQ=tile_queries,
-            GRADS=want_grads, PRECISION=_dot_precision(), **_options_like(q, "index loss"))
-        if want_grads:
-            _add_partial_gradients(dk[:, :, None], dk_parts, slots, longest)
-    if not want_grads:
-        return [loss.mean()]
-    gradients = (dq / math.sqrt(di), dk / math.sqrt(di), dw, db.sum((0, 1)), dtau.sum() * tau)
-    inputs = (index_q, index_k, index_w, index_b, log_tau)
-    return [loss.mean()] + [(g / (B * T)).to(x.dtype) for g, x in zip(gradients, inputs)]
-
-
-@_index_loss.register_fake
-def _(q, k, lse, index_q, index_k, index_w, index_b, log_tau, *more):
-    want_grads = more[-1]
-    inputs = (index_q, index_k, index_w, index_b, log_tau) if want_grads else ()
-    return [lse.new_empty(()), *map(torch.empty_like, inputs)]
-
-
-def _index_loss_setup(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-
-
-def _index_loss_gradients(ctx, grads):
-    scaled = [g * grads[0].to(g.dtype) for g in ctx.saved_tensors]
-    return None, None, None, *scaled, *[None] * 9
-
-
-_index_loss.register_autograd(_index_loss_gradients, setup_context=_index_loss_setup)
-
-
-def index_loss(q, k, lse, index_q, index_k, index_w, index_b, log_tau, union, pos, start,
-               activation, want_grads):
-    """
-    Mean over the queries of KL(p ‖ softmax(τ·I)), in nats: p is the mean over heads of the
-    attention, I the indexer's scores (Eq. 7), both over the keys of the union list; τ =
-    exp(log_tau). Returns the loss (), differentiable in the five tensors from index_q to log_tau.
-
-    q (B, T, H, d), k (B, S, G, d), lse (B, T, H) as attend returned it: the teacher, which gets no
-    gradient. index_q to index_b, activation, pos, start: as in select. log_tau (). union: that of
-    attend. want_grads: the gradients are computed together with the loss; False spares them.
-    """
-    teacher = [x.detach().contiguous() for x in (q, k, lse)]
-    student = [x.contiguous() for x in (index_q, index_k, index_w, index_b, log_tau)]
-    return _index_loss(*teacher, *student, *union, pos, start, activation, want_grads)[0]

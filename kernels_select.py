@@ -27,7 +27,7 @@ BINS = tl.constexpr(2048)  # of a histogram of scores; also the values of an 11-
 @jit
 def _scores_kernel(
         p_index_q, p_index_k, p_index_w, p_index_b, p_scores, p_pos, p_start,
-        index_scale, t0, T, S, pos_b, n_rows,
+        index_scale, t0, T, S, pos_stride, n_rows,
         Hi: tl.constexpr, DI: tl.constexpr, DIP: tl.constexpr, RI: tl.constexpr,
         TQ: tl.constexpr, HAS_START: tl.constexpr, SIGMOID: tl.constexpr, FAST: tl.constexpr,
         PRECISION: tl.constexpr, BN: tl.constexpr):
@@ -38,9 +38,9 @@ def _scores_kernel(
     i_tile = tl.program_id(0) + t0 // TQ
     i_n = tl.program_id(1)
     i_b = tl.program_id(2).to(tl.int64)
-    first, n = _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_b, TQ, HAS_START)
+    first, n = _visible_to_tile(p_pos, p_start, i_tile, i_b, T, pos_stride, TQ, HAS_START)
     if (i_n * BN < first + n) & (i_n * BN + BN > first):
-        query, head, t = _rows(i_tile, TQ, RI)
+        _, head, t = _rows(i_tile, TQ, RI)
         live = (t < T) & (head < Hi)
         row = t * Hi + head
         s = i_n * BN + tl.arange(0, BN)
@@ -183,13 +183,13 @@ def _load_candidates(p_row, p_candidates, i, n, pos, start, n_sink, n_local):
 
 @jit
 def _variance_kernel(
-        p_scores, p_var, p_pos, p_start, t0, T, S, pos_b, n_rows,
+        p_scores, p_var, p_pos, p_start, t0, T, S, pos_stride, n_rows,
         HAS_START: tl.constexpr, BS: tl.constexpr):
     """Var_t of one query, as _select_kernel computes it. Grid (n_rows, B)."""
     i_row = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     t = t0 + i_row
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START)
+    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
     n = pos - start + 1
     p_scores += (i_b * n_rows + i_row) * S
     s = start + tl.arange(0, BS)
@@ -202,7 +202,7 @@ def _variance_kernel(
 @jit
 def _select_kernel(
         p_scores, p_candidates, p_index_w, p_var_avg, p_indices, p_k_t, p_var, p_pos, p_start,
-        t0, T, S, pos_b, n_rows, width, k_base, k_min, k_max, n_sink, n_local,
+        t0, T, S, pos_stride, n_rows, width, k_base, k_min, k_max, n_sink, n_local,
         Hi: tl.constexpr, RI: tl.constexpr, SIGMOID: tl.constexpr, RULE: tl.constexpr,
         HAS_START: tl.constexpr, BS: tl.constexpr):
     """
@@ -217,7 +217,7 @@ def _select_kernel(
     i_row = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     t = t0 + i_row
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_b, HAS_START)
+    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
     n = pos - start + 1
     p_scores += (i_b * n_rows + i_row) * S
     p_candidates += (i_b * n_rows + i_row) * S
@@ -285,7 +285,7 @@ def _new_scores(index_q, index_k):
     tile = _options_like(index_q, "scores")["TQ"]
     fitting = kernels.SCORES_BYTES // (4 * B * S) // tile * tile
     n_rows = min(triton.cdiv(T, tile) * tile, max(tile, fitting))
-    return torch.empty(B, n_rows, S, device=index_q.device)
+    return torch.empty(B, n_rows, S, device=index_q.device, dtype=torch.float32)
 
 
 def _score_chunk(scores, t0, index_q, index_k, index_w, index_b, activation, positions):
@@ -301,7 +301,7 @@ def _score_chunk(scores, t0, index_q, index_k, index_w, index_b, activation, pos
     grid = triton.cdiv(min(n_rows, T - t0), options["TQ"]), triton.cdiv(end, options["BN"]), B
     _scores_kernel[grid](
         p_index_q=index_q, p_index_k=index_k, p_index_w=index_w, p_index_b=index_b,
-        p_scores=scores, **chunk, **_index_sizes(index_q, activation),
+        p_scores=scores, **chunk, **_index_sizes(index_q, activation, options["TQ"]),
         PRECISION=_dot_precision(), **options)
     return chunk
 
@@ -329,7 +329,7 @@ def select(index_q: Tensor, index_k: Tensor, index_w: Tensor, index_b: Tensor, a
     candidates = torch.empty_like(scores, dtype=torch.int32)  # (B, n_rows, S)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index_q.device)
     k_t = torch.empty(B, T, dtype=torch.long, device=index_q.device)
-    var = torch.empty(B, T, device=index_q.device)
+    var = torch.empty(B, T, device=index_q.device, dtype=torch.float32)
     if var_avg is None:
         var_avg = torch.zeros((), device=index_q.device)
     for t0 in range(0, T, scores.size(1)):
@@ -364,7 +364,7 @@ def score_variance(index_q: Tensor, index_k: Tensor, index_w: Tensor, index_b: T
     B, T = index_q.shape[:2]
     index = tuple(x.contiguous() for x in (index_q, index_k, index_w, index_b))
     scores = _new_scores(index_q, index_k)  # (B, n_rows, S)
-    var = torch.empty(B, T, device=index_q.device)
+    var = torch.empty(B, T, device=index_q.device, dtype=torch.float32)
     for t0 in range(0, T, scores.size(1)):
         chunk = _score_chunk(scores, t0, *index, activation, _positions(pos, start))
         _variance_kernel[min(scores.size(1), T - t0), B](

@@ -1,6 +1,6 @@
 """
-Local files: .txt, .jsonl, .json and .parquet, the text kinds also as .gz and .zst, in any Unicode
-encoding, whole or damaged.
+Local files: .txt, .jsonl, .json and .parquet, the text kinds also as .gz and .zst, whole or
+damaged. Text is UTF-8, or UTF-16 or UTF-32 behind a byte-order mark.
 
     for block in file_blocks(["a.jsonl.zst", "b.jsonl.zst"], "text", (0, 1), None):
         for text in block_texts(block, "text", counts): ...
@@ -8,7 +8,8 @@ encoding, whole or damaged.
 A file comes in pieces: the bytes of a long text are cut to documents, JSON lines stay bytes until a
 tokenizer process parses them, a table comes 200 rows at a time. Pieces are joined to blocks of
 about a megabyte. Each block carries the place behind it, from which the rest can be read.
-A damaged file loses the text behind the damage, never the text before it.
+A damaged file loses the text behind the damage, never the text before it; only half a JSON line
+before it is dropped.
 """
 import codecs
 import importlib
@@ -67,7 +68,7 @@ def warn(sentence):
 
 def first_line(e):
     """The first line of an exception's message."""
-    return (str(e) or type(e).__name__).strip().splitlines()[0]
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def _recoded(stream, encoding):
     """Bytes in another encoding -> bytes in UTF-8."""
     decoder = codecs.getincrementaldecoder(encoding)("replace")
     for piece in stream:
-        yield decoder.decode(piece).encode("utf-8", "replace")
+        yield decoder.decode(piece).encode()
 
 
 def _skip(stream, n):
@@ -353,7 +354,7 @@ BLANK = re.compile(rb"\n[ \t\r]*\n")
 def cut_text(data, last):
     """
     Documents at the front of `data`, bytes of plain text, and how many bytes they take.
-    last: no more of the text follows. If more follows, at least LONGEST bytes are left over for
+    last: no more of the text follows. If more follows, at most LONGEST bytes are left over for
     the next call.
     A document ends at a blank line where there is one, else at the end of a line,
     else behind a character.
@@ -371,8 +372,9 @@ def cut_text(data, last):
             end = len(data)
         else:
             end = data.rfind(b"\n", a + SHORTEST, a + LONGEST) + 1 or a + LONGEST
-            while end > a + 1 and data[end] & 0xC0 == 0x80:  # inside a UTF-8 character
-                end -= 1
+            for _ in range(3):  # a UTF-8 character has at most three bytes behind its first
+                if data[end] & 0xC0 == 0x80:
+                    end -= 1
         docs.append(data[a:end])
         a = end
     return docs, a
@@ -388,8 +390,6 @@ def text_pieces(file, offset):
             offset += used
             data = data[used:]
             yield Block("raw", docs, offset, used)
-    if file.damage:
-        data = data[:data.rfind(b"\n") + 1]
     docs, used = cut_text(data, last=True)
     if docs:
         yield Block("raw", docs, offset + used, used)
@@ -422,7 +422,7 @@ def parquet_pieces(path, column, offset):
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if column not in names:
-                sentence = f"{path} has no column {column!r} in the data, only {', '.join(names)}"
+                sentence = f"{path} has no column {column!r}, only {', '.join(names)}"
                 yield Block("fault", ("files without the column", sentence), None)
                 return
             row = 0

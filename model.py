@@ -25,7 +25,7 @@ from torch import Tensor
 
 import attention
 from checks import resolve_backend
-from tiled import attention_report
+from measure import attention_report
 
 ARMS = {
     "dense": dict(sparse=False, value_gate=False, output_gate=False),
@@ -53,7 +53,7 @@ class GSAConfig:
     d_index: int = 64  # di
     index_activation: str = "sigmoid"  # "relu": the indexer of DeepSeek's DSA
     index_rope: bool = True  # DEVIATION: the official indexer ignores positions
-    k_rule: str = "inverse"  # "eq8": the formula as printed; "fixed": k_base
+    k_rule: str = "inverse"  # one of attention.K_RULES: inverse; eq8, as printed; fixed, k_base
     k_base: int = 512
     k_min: int = 128
     k_max: int = 1024
@@ -336,11 +336,13 @@ class Attention(nn.Module):
     @torch.no_grad()
     def measure(self, q, k, visible, selection, warmup, gates):
         """
-        What the layer did, as scalars: the mean of each gate and tiled.attention_report's
-        first_token; with an indexer also recall, recall_best, k_t and var_ratio (Var_t / V̄). In
-        warm-up these four are those of the keys that the indexer would select.
+        What the layer did, as scalars: the mean of each gate, the mean number of visible keys, and
+        measure.attention_report's first_token; with an indexer also recall, recall_best, k_t and
+        var_ratio (Var_t / V̄). In warm-up these four are those of the keys that it would select.
         """
         stats = {name: gate.mean() for name, gate in gates.items()}
+        everything = attention.Selection.everything(visible, len(q))
+        stats["visible"] = everything.k_t.float().mean()
         if selection is not None:
             var_avg = self.indexer.var_avg
             ratio = selection.var.mean() / var_avg.clamp(min=1e-30)
@@ -348,7 +350,6 @@ class Attention(nn.Module):
             stats["var_ratio"] = torch.where(var_avg > 0, ratio, 1.0)
             stats |= attention_report(q, k, selection)
         if selection is None or warmup:  # attention was dense
-            everything = attention.Selection.everything(visible, len(q))
             stats["first_token"] = attention_report(q, k, everything)["first_token"]
         return stats
 

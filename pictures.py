@@ -66,7 +66,7 @@ def draw_results(plt, cells, logs, warmup_end):
     if warmup_end:
         right.axvline(warmup_end, color="grey", lw=1)
         right.annotate(" sparse →", (warmup_end, 1), xycoords=("data", "axes fraction"), va="top")
-    right.set(xlabel="step", title="training", ylim=(0, None))
+    right.set(xlabel="step", ylabel="nats (recall: a share)", title="training", ylim=(0, None))
     right.grid(alpha=0.3)
     right.legend(fontsize="small", framealpha=0.6)
     return figure

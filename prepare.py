@@ -11,10 +11,12 @@ documents -> filters -> tokenizer -> data/<name>/*.bin and meta.json.
 
 The .bin files are flat arrays of token ids: uint16, or uint32 for a vocabulary above 65536. A
 separator follows every document (encode.encode_block says why). Whether a document goes to val
-depends on a hash of its text, never on its position.
+depends on a hash of its text, not on its position (only a split that the hash leaves empty gets
+the last document).
 meta.json describes the files. While the pass runs, it also says how far the pass has got, so a pass
 that was killed at any moment goes on when the same command is run again, and ends with the same
-bytes. A pass writes only into a folder that it made itself, and removes only files that it made.
+bytes. A pass writes only into a folder that it made or found empty, and removes only files that it
+made.
 On several machines: run the same command on each with --rank and --world_size, or under torchrun.
 Then run it once more with --merge.
 
@@ -38,7 +40,7 @@ from configurator import (UserError, check_ranges, environment, only_one, parse,
 from data import Data, differences, read_meta
 from encode import encode_block, encode_blocks
 from folder import Folder, Seen, Writer, changed_file, file_list, read_file_list
-from localfiles import Block, text_size, warn
+from localfiles import ENDING, Block, text_size, warn
 from sources import PRESETS, Preset, open_source
 from tokenizer import Tokenizer
 
@@ -59,12 +61,12 @@ class PrepareConfig:
     # gpt2 | cl100k_base | o200k_base | bytes | llama3:PATH | tiktoken:PATH;
     # default: bytes for demo, else gpt2
     tokenizer: str = ""
-    # stop after this many tokens, of all machines together: a number such as 10e9, or "all";
+    # stop after this many tokens, of all machines together: a number such as 10e9, or "all" (or 0);
     # default: 10e9 of a preset that has more (config/gsa_small.py trains on them), 8e6 of the demo,
     # all of everything else
     num_tokens: str = ""
     num_proc: int = 0  # tokenizer processes; 0 = one per core. Bytes without filters take one
-    val_fraction: float = 0.0  # share of documents held out; 0 = the preset's (--list), else 0.005
+    val_fraction: float = 0.0  # share of documents held out; 0 = the preset's, else 0.005
     shard_tokens: int = 0  # tokens to a file train_000.bin …; 0 = one file train.bin
     text_column: str = ""  # of .jsonl, .parquet and hub rows; default: the preset's, else text
     config: str = ""  # the hub dataset's configuration and split; default: the preset's
@@ -118,6 +120,8 @@ class PrepareConfig:
             (0, 1): "val_fraction max_toxicity",
             (0, 1024): "num_proc",
             (1, 999): "world_size"})
+        if self.merge and self.world_size == 1:
+            raise UserError("merge needs --world_size, the number of machines that prepared parts")
         if not self.rank < self.world_size:
             raise UserError(f"rank {self.rank} is not below world_size {self.world_size}")
         if self.max_chars and self.max_chars < self.min_chars:
@@ -173,10 +177,15 @@ def token_limit(given, dataset):
 
 
 def default_name(dataset):
-    """The last part of a dataset's name or path: "x/texts/*.jsonl.zst" -> "texts"."""
-    base = os.path.basename(dataset.rstrip("/"))
-    base = re.sub(r"\.(gz|zst)$|\.\w+$|\*", "", base)
-    return re.sub(r"[^\w-]+", "-", base).strip("-") or "data"
+    """
+    The last part of a dataset's name or path that is more than a wildcard, without the ending:
+    "x/texts/*.jsonl.zst" -> "texts", "b.jsonl.zst" -> "b", "x/data-v1.5" -> "data-v1-5".
+    """
+    for part in reversed(dataset.split("/")):
+        name = re.sub(r"[^\w-]+", "-", ENDING.sub("", part)).strip("-")
+        if name:
+            return name
+    return "data"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,8 +250,8 @@ def prepare(cfg):
             folder.begin(meta, files)
             finished = Pass(cfg, folder, source, tokenizer, meta).run()
         except UserError:
-            if sum(folder.meta[split]["documents"] for split in SPLITS) < 2:
-                folder.remove()  # a pass without two documents is nothing to go on from
+            if folder.meta["state"] is None:
+                folder.remove()  # nothing was committed: there is nothing to go on from
             raise
         except OSError as e:
             raise UserError(f"{path}: {e.strerror or e}; the same command goes on from here "
@@ -280,7 +289,8 @@ def differing(old, new):
     for meta in (old, new):
         side = {**meta["flags"], "source": meta["source"], "rank": 0}
         if old["vocabulary"] == new["vocabulary"]:
-            side.pop("tokenizer", None)  # the same vocabulary, perhaps at another path
+            # The same file, perhaps at another path. Another kind splits text otherwise.
+            side["tokenizer"] = meta["tokenizer"].partition(":")[0]
         elif old["tokenizer"] == new["tokenizer"]:
             side["vocabulary"] = meta["vocabulary"]
         sides.append(side)
@@ -333,7 +343,8 @@ class Pass:
     def commit(self):
         """Put everything on the disk: a pass that is killed goes on from here."""
         splits = {split: writer.commit() for split, writer in self.writers.items()}
-        self.folder.write({**self.meta, "complete": False, **splits, "counts": self.counts,
+        # A copy of counts: the folder writes this dict again when a new file is begun.
+        self.folder.write({**self.meta, "complete": False, **splits, "counts": dict(self.counts),
                            "seen": self.seen.commit(), "state": self.state})
 
     def read_source(self):
@@ -354,8 +365,8 @@ class Pass:
                 if e.fault:
                     warn(e.fault)
                     self.faults.append(e.fault)
-                # Seen at once, so that nobody waits for hours.
-                if not total and self.counts["no column"] and not len(e.lengths):
+                # Seen at once, so that nobody waits for hours: not one row so far held a text.
+                if self.counts["no column"] and self.counts["broken"] == self.counts["rows"]:
                     raise UserError(f"no column {cfg.text_column!r} in the data: set --text_column")
                 seen = self.seen if cfg.dedup else None
                 where = destinations(e, seen, self.counts, limit - total)
@@ -405,7 +416,7 @@ class Pass:
                      "a smaller --world_size leaves some for each")
         elif not counts["rows"]:
             cause = "the data is empty"
-        elif counts["broken"]:
+        elif counts["broken"] == counts["rows"]:
             cause = (f"not one row is a JSON object, or a row of a table, "
                      f"whose {self.cfg.text_column!r} is a text")
         else:
@@ -476,7 +487,7 @@ def describe(meta):
     """One line about a meta dict."""
     parts = [f"{s} {meta[s]['documents']:,} documents {meta[s]['tokens']:,} tokens"
              for s in SPLITS]
-    parts += [f"{n:,} {reason}" for reason, n in sorted(meta["counts"].items()) if n]
+    parts += [f"{n:,} {reason}" for reason, n in sorted(meta["counts"].items())]
     return ", ".join(parts)
 
 

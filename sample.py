@@ -16,8 +16,8 @@ import torch
 from attention import document_starts
 from checkpoint import check_dtype, load_model, precision, use_device
 from configurator import UserError, check_ranges, parse, run
-from data import open_tokenizer
 from model import KVCache
+from tokenizer import open_tokenizer
 
 
 def draw_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):

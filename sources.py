@@ -5,8 +5,9 @@ Where text comes from: presets, local files, streams from the Hugging Face hub, 
     for block in source.blocks(None):    # or source.blocks(block.state): what follows that block
         for text in block_texts(block, cfg.text_column, counts): ...
 
-A source yields Blocks of documents (localfiles.py), about a megabyte each. Each block carries the
-state from which the rest can be read: plain JSON, whose form is each source's own business.
+A source yields Blocks of documents (localfiles.py): about a megabyte of local files, 200 rows of a
+stream, one file of the demo. Each block carries the state from which the rest can be read: plain
+JSON, whose form is each source's own business.
 """
 import functools
 import glob

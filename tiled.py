@@ -27,11 +27,11 @@ TILE_QUERIES = 256  # queries per tile
 DENSE_QUERIES = 64  # queries per dense block, whose logits then fit the CPU's cache
 GATHERED_LOGITS = 1 << 21  # most logits of a block with gathered keys
 GATHERED_COST = 3  # reading a gathered key costs as much as 3 keys of a dense block, on a CPU
-SCORES = 1 << 16  # indexer scores per step, which then fit the CPU's cache
-SCORE_KEYS = 512  # smallest number of keys of such a step
+SCORE_KEYS = 512  # keys per step of the indexer, whose scores then fit the CPU's cache,
+SCORES = 1 << 16  # and more where the tile has few queries (decoding): up to so many scores
 
-# Scores of keys that must not be selected, and of those that must. They are finite, since
-# inf - inf = NaN. Real scores are cut to ±LARGEST, so that none passes HIDDEN or FORCED.
+# Added to what must not be selected or attended to, and the score of what must be selected. They
+# are finite, since inf - inf = NaN. Real scores are cut to ±LARGEST, so that none passes them.
 HIDDEN = -1e30
 FORCED = 1e30
 LARGEST = 1e29
@@ -45,9 +45,9 @@ def at_least_fp32(x):
 # Tiles: neighbouring queries, and the keys that they see
 
 class Tile(NamedTuple):
-    """Queries first … last-1. They see no key outside begin … end-1; all see keys low … high-1."""
-    first: int
-    last: int
+    """A range of queries. They see no key outside begin … end-1; all see the keys low … high-1."""
+    query_begin: int
+    query_end: int  # the first query behind the tile
     begin: int
     end: int
     low: int
@@ -55,7 +55,7 @@ class Tile(NamedTuple):
 
     @property
     def queries(self):
-        return slice(self.first, self.last)
+        return slice(self.query_begin, self.query_end)
 
     @property
     def keys(self):
@@ -63,19 +63,17 @@ class Tile(NamedTuple):
 
 
 def make_tiles(visible):
-    """The queries in tiles of TILE_QUERIES. The device is asked once, for all of them."""
-    T = visible.pos.size(1)
-    firsts = list(range(0, T, TILE_QUERIES))
-    lasts = firsts[1:] + [T]
-    final = [last - 1 for last in lasts]
-    # Positions and starts increase along T: a tile's extremes are at its first and final query
-    bounds = torch.stack((visible.pos.amax(0)[final], visible.pos.amin(0)[firsts])) + 1
-    starts = torch.zeros_like(bounds)
-    if visible.start is not None:
-        starts = torch.stack((visible.start.amin(0)[firsts], visible.start.amax(0)[final]))
-    ends, highs = bounds.tolist()
-    begins, lows = starts.tolist()
-    return [Tile(*numbers) for numbers in zip(firsts, lasts, begins, ends, lows, highs)]
+    """The queries in tiles of TILE_QUERIES, by one copy from the device for all of them."""
+    pos, start = visible.pos, visible.start
+    if start is None:
+        start = torch.zeros_like(pos)
+    begin = torch.arange(0, pos.size(1), TILE_QUERIES, device=pos.device)  # (tiles,)
+    final = (begin + TILE_QUERIES).clamp(max=pos.size(1)) - 1
+    # Positions and starts do not fall along T: a tile's extremes are at its ends
+    columns = (begin, final + 1,
+               start[:, begin].amin(0), pos[:, final].amax(0) + 1,
+               start[:, final].amax(0), pos[:, begin].amin(0) + 1)
+    return [Tile(*row) for row in torch.stack(columns, 1).tolist()]
 
 
 def visible_bias(visible, tile):
@@ -84,7 +82,7 @@ def visible_bias(visible, tile):
     (1 or B, queries, end - begin). On a CPU this is 20 times faster than masked_fill.
     """
     mask = visible.mask(tile.queries, tile.begin, tile.end)
-    return mask.float().sub_(1).mul_(-HIDDEN)
+    return mask.float().sub_(1).mul_(-HIDDEN)  # True: 0 · 1e30, False: -1 · 1e30
 
 
 def selected_bias(selection, tile):
@@ -103,12 +101,15 @@ def selected_bias(selection, tile):
 
 @torch.compiler.disable
 def select(index, visible, budget):
-    """attention.select. Returns k_t (B, T) int64, indices (B, T, width) int32, Var_t (B, T)."""
+    """
+    attention.select. Returns k_t (B, T) int64, indices (B, T, width) int32 and Var_t (B, T), which
+    is 0 where the rule is "fixed" and needs none.
+    """
+    index = in_fp32(index)
     B, T = index.w.shape[:2]
     width = min(budget.largest, visible.n_keys)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index.w.device)
     k_t = indices.new_zeros(B, T, dtype=torch.long)
-    index = in_fp32(index)
     var = index.w.new_zeros(B, T)
     for tile in visible.tiles:
         scores, n_visible, var_tile = tile_scores(index, visible, tile)
@@ -139,7 +140,8 @@ def in_fp32(index):
 def tile_scores(index, visible, tile):
     """
     Eq. 7 for the queries of a tile. Returns
-    scores (B, queries, end - begin), those of hidden keys lowered by HIDDEN;
+    scores (B, queries, end - begin), ready for top_k: NaN is the lowest, hidden ones have HIDDEN
+    added;
     the number of visible keys (B, queries); Var_t (B, queries).
 
     It takes some keys at a time and finishes these while they are in the CPU's cache. Each step
@@ -154,8 +156,9 @@ def tile_scores(index, visible, tile):
     scores = q.new_empty(B, n_queries, tile.end - tile.begin)
     step = max(SCORE_KEYS, SCORES // (B * n_queries))
     counts, means, squares = [], [], []
+    # x is a view of scores: what is written to it stands there
     for begin, x in zip(range(tile.begin, tile.end, step), scores.split(step, 2)):
-        part = tile._replace(begin=begin, end=begin + x.size(2))
+        part = tile._replace(begin=begin, end=begin + x.size(2))  # low and high stay true
         # 2. scores
         z = torch.baddbmm(b, q, index.k[:, part.keys].transpose(1, 2))  # (B, queries·Hi, step)
         a = z.sigmoid_() if index.activation == "sigmoid" else z.relu_()
@@ -175,7 +178,7 @@ def tile_scores(index, visible, tile):
         counts.append(count)
         means.append(mean)
         squares.append(square)
-        # 4. ready for top-k
+        # 4. ready for top_k; the moments are taken
         x.nan_to_num_(nan=-LARGEST).clamp_(-LARGEST, LARGEST)  # NaN counts as the lowest score
         if not all_visible:
             x += visible_bias(visible, part)
@@ -193,24 +196,27 @@ def force(scores, visible, tile, budget):
     query's own among them, and the first n_sink keys of its document.
     """
     pos = visible.pos[:, tile.queries, None]  # (1 or B, queries, 1)
-    first = torch.zeros_like(pos)
+    start = torch.zeros_like(pos)
     if visible.start is not None:
-        first = visible.start[:, tile.queries, None]
-    local = torch.arange(max(1, budget.n_local), device=pos.device)
-    sink = torch.arange(budget.n_sink, device=pos.device)
-    for keys in (torch.maximum(pos - local, first), torch.minimum(first + sink, pos)):
+        start = visible.start[:, tile.queries, None]
+    age = torch.arange(max(1, budget.n_local), device=pos.device)
+    place = torch.arange(budget.n_sink, device=pos.device)
+    local = torch.maximum(pos - age, start)  # where the document is shorter, its first key again
+    sink = torch.minimum(start + place, pos)
+    for keys in (local, sink):
         scores.scatter_(2, (keys - tile.begin).expand(len(scores), -1, -1), FORCED)
 
 
 def top_k(scores, k, width):
     """
     The places of the k (rows,) largest scores of each row (rows, S); of equal ones the first.
-    Returns (rows, width) in no order, -1 = none; width >= every k.
+    Returns (rows, width) in no order, -1 = none; every k <= width <= S.
     Scores 0.1 0.5 0.3 0.5 with k = 2, width = 3 -> 1 3 -1 in some order.
     """
     rows, S = scores.shape
-    # 1. torch.topk takes the same number of each row. So each row gets extra entries: +inf ones
-    #    fill its width - k unused places, and at least one -inf shows below whether a tie was cut
+    # 1. torch.topk takes the same number of each row. So each row gets extra entries: width - k of
+    #    +inf fill its unused places, and one -inf is there to be dropped in 3 even where k = S.
+    #    In the example: +inf -inf; topk(4) takes +inf, 0.5 0.5 and 0.3, which is dropped
     n_extra = width - int(k.min()) + 1
     filler = torch.arange(n_extra, device=k.device) < (width - k)[:, None]  # (rows, n_extra)
     x = torch.cat((scores, torch.where(filler, math.inf, -math.inf)), 1).add_(0.0)  # -0 + 0 = 0
@@ -222,15 +228,15 @@ def top_k(scores, k, width):
     # 3. one entry more than wanted, the smallest of which is dropped
     top, order = bits.topk(width + 1, sorted=False)  # (rows, width + 1)
     smallest, at = top.min(-1, keepdim=True)
-    order = order.scatter_(1, at, order[:, -1:].clone())[:, :width]
+    order = order.scatter_(1, at, order[:, -1:].clone())[:, :width]  # the last takes its place
     order.masked_fill_(order >= S, -1)  # an extra entry is no key
-    # 4. where the dropped one has an equal, topk kept any of them: a stable sort keeps the first
+    # 4. where a kept one equals the dropped one, topk chose any of them: a stable sort keeps the
+    #    first
     tied = ((top == smallest).sum(-1) > 1).nonzero()[:, 0]
     if len(tied):
-        first = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width]
-        first = F.pad(first, (0, width - first.size(1)))
+        stable = scores[tied].sort(dim=-1, descending=True, stable=True).indices[:, :width]
         beyond = torch.arange(width, device=k.device) >= k[tied, None]
-        order[tied] = first.masked_fill(beyond, -1)
+        order[tied] = stable.masked_fill(beyond, -1)
     return order
 
 
@@ -244,25 +250,25 @@ class Workspace(dict):
     """
 
     def __call__(self, name, like, *shape):
-        """An uninitialised tensor of like's dtype and device, where the last of this name was."""
-        key = (name, like.dtype)
+        """An uninitialised tensor like `like`, in the memory of the last one of this name."""
         n = math.prod(shape)
-        if key not in self or self[key].numel() < n:
-            self.pop(key, None)  # free the old one first
-            self[key] = like.new_empty(1 << n.bit_length())  # room to grow: later blocks are larger
-        return self[key][:n].view(shape)
+        if name not in self or self[name].numel() < n:
+            self.pop(name, None)  # free the old one first
+            self[name] = like.new_empty(1 << n.bit_length())  # with room: later blocks are larger
+        return self[name][:n].view(shape)
 
 
 class Block:
     """
     Neighbouring queries and their keys. A group of queries shares its keys; a block has
 
-        groups   number of groups: B for a DenseBlock, its queries in all for GatheredKeys
+        groups   number of groups: B for a DenseBlock, B times its queries for GatheredKeys
         bias     (groups, n, U), 0 or HIDDEN, for n queries and U keys of each group
-        queries  slice of the positions 0 … T-1
+        queries  slice of the queries 0 … T-1
 
-    The rows of a group's matrix product with one KV head are its n queries times the R = H / G
-    heads that share this KV head: tensors are (groups, G, R·n, d).
+    and the operations add_products, weighted_sum and scatter_add. The rows of a group's matrix
+    product with one KV head are its n queries times the R = H / G heads that share this KV head:
+    tensors are (groups, G, R·n, d).
     """
 
     def rows(self, x, G):
@@ -282,11 +288,11 @@ class Block:
 
     def logits(self, q, k, workspace):
         """
-        q·k / √d, lower by HIDDEN where a key is not selected.
+        q·k / √d, plus HIDDEN where a key is not selected.
         Rows q (groups, G, R·n, d), k (B, S, G, d) -> (groups, G, R·n, U).
         """
         s = workspace("logits", q, *q.shape[:3], self.bias.size(2))
-        s.view(self.groups, -1, *self.bias.shape[1:]).copy_(self.bias[:, None])
+        s.view(self.groups, -1, *self.bias.shape[1:]).copy_(self.bias[:, None])  # for every head
         return self.add_products(q, k, s, 1 / math.sqrt(q.size(-1)))
 
 
@@ -321,8 +327,8 @@ class DenseBlock(Block):
 class GatheredKeys(Block):
     """
     Queries that each have keys of their own: a group is one query, n = 1.
-    The products are those of sparse matrices, which read the keys where they are. All B·S·G rows
-    of k.view(B·S·G, d) are one table for them. The operations are those of DenseBlock.
+    The products are those of sparse matrices, which gather the keys without a copy of them: the
+    B·S·G rows of k.view(B·S·G, d) are one table. The operations are those of DenseBlock.
     """
 
     def __init__(self, queries, indices, n_keys):
@@ -331,22 +337,26 @@ class GatheredKeys(Block):
         self.groups = indices.size(0) * indices.size(1)
         self.bias = (indices < 0).flatten(0, 1)[:, None].float().mul_(HIDDEN)  # (groups, 1, U)
         sequence = torch.arange(len(indices), dtype=torch.int32, device=indices.device)
-        keys = indices.clamp(min=0) + n_keys * sequence[:, None, None]  # among all B·S keys
+        # Among all B·S keys. No key, -1, reads key 0 with weight 0 (HIDDEN)
+        keys = indices.clamp(min=0) + n_keys * sequence[:, None, None]
         self.keys = keys.flatten(0, 1)  # (groups, U) int32
 
     def table_rows(self, G, R):
         """The row of the table for each pair of a query head and a key: (groups·H, U) int32."""
-        head = torch.arange(G, dtype=torch.int32, device=self.keys.device).repeat_interleave(R)
-        return (self.keys[:, None] * G + head[:, None]).flatten(0, 1)
+        kv_head = torch.arange(G, dtype=torch.int32, device=self.keys.device)
+        kv_head = kv_head.repeat_interleave(R)  # (H,)
+        return (self.keys[:, None] * G + kv_head[:, None]).flatten(0, 1)
 
     def add_products(self, q, k, out, alpha=1):
         columns = self.table_rows(*q.shape[1:3])  # (groups·H, U)
         q = q.flatten(0, 2)  # (groups·H, d)
         table = k.flatten(0, 2)  # (B·S·G, d)
-        row_ends = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * columns.size(1)
-        pairs = torch.sparse_csr_tensor(row_ends, columns.flatten(), out.flatten(),
+        row_begins = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) * columns.size(1)
+        # A sparse matrix whose values are the memory of `out`. Its columns are in no order, which
+        # check_invariants would refuse
+        pairs = torch.sparse_csr_tensor(row_begins, columns.flatten(), out.flatten(),
                                         (len(q), len(table)), check_invariants=False)
-        torch.sparse.sampled_addmm(pairs, q, table.T, alpha=alpha, out=pairs)  # writes to `out`
+        torch.sparse.sampled_addmm(pairs, q, table.T, alpha=alpha, out=pairs)
         return out
 
     def weighted_sum(self, p, v):
@@ -372,7 +382,7 @@ class GatheredKeys(Block):
         weights = weights.index_select(0, order).mul_(alpha).view(-1, G, R)
         query = order // self.keys.size(1)  # (groups·U,)
         rows = (query * (G * R))[:, None] + torch.arange(R, device=order.device)  # (groups·U, R)
-        for g in range(G):  # for every key, the sum over the pairs that it occurs in
+        for g in range(G):  # for every key, the sum over its pairs, each of which has R rows of x
             sums = F.embedding_bag((rows + g * R).flatten(), x.flatten(0, 2), begin * R,
                                    mode="sum", per_sample_weights=weights[:, g].flatten())
             out.flatten(0, 1)[:, g].index_add_(0, used, sums)
@@ -385,8 +395,8 @@ def is_gathered(selection, tile):
     """
     if selection.indices is None:
         return False
-    n_queries = tile.last - tile.first
-    cost = GATHERED_COST if n_queries > 1 else 1  # one query's dense block is read once, too
+    n_queries = tile.query_end - tile.query_begin
+    cost = GATHERED_COST if n_queries > 1 else 1  # a lone query shares its keys with nobody
     return tile.end - tile.begin > cost * selection.indices.size(2)
 
 
@@ -398,18 +408,20 @@ def blocks(selection, n_head):
         tiles = list(tiles)
         if gathered:
             step = max(1, GATHERED_LOGITS // (B * n_head * selection.indices.size(2)))
-            last = tiles[-1].last
-            for t in range(tiles[0].first, last, step):
-                queries = slice(t, min(t + step, last))
+            end = tiles[-1].query_end
+            for t in range(tiles[0].query_begin, end, step):
+                queries = slice(t, min(t + step, end))
                 yield GatheredKeys(queries, selection.indices, selection.visible.n_keys)
             continue
         for tile in tiles:
             bias = selected_bias(selection, tile).expand(B, -1, -1)  # (B, queries, end - begin)
-            for t in range(tile.first, tile.last, DENSE_QUERIES):
-                last = min(t + DENSE_QUERIES, tile.last)
-                end = tile.end - (tile.last - last)  # positions increase: earlier queries see less
-                part = bias[:, t - tile.first:last - tile.first, :end - tile.begin]
-                yield DenseBlock(slice(t, last), slice(tile.begin, end), part)
+            for t in range(tile.query_begin, tile.query_end, DENSE_QUERIES):
+                t_end = min(t + DENSE_QUERIES, tile.query_end)
+                # Positions strictly increase: m queries earlier, at least m keys fewer are seen
+                end = tile.end - (tile.query_end - t_end)
+                rows = slice(t - tile.query_begin, t_end - tile.query_begin)
+                part = bias[:, rows, :end - tile.begin]  # (B, n, U)
+                yield DenseBlock(slice(t, t_end), slice(tile.begin, end), part)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,7 +442,7 @@ class SparseAttention(torch.autograd.Function):
             largest = s.amax(-1)
             p = torch.softmax(s, -1, out=s)  # in place
             block.store(block.weighted_sum(p, v), o)
-            # The largest P is 1 / Σ exp(S - largest S)
+            # The largest P is 1 / Σ exp(s - largest s)
             block.store((largest - p.amax(-1).log())[..., None], lse[..., None])
         ctx.save_for_backward(q, k, v, o)
         ctx.selection = selection
@@ -441,7 +453,7 @@ class SparseAttention(torch.autograd.Function):
     def backward(ctx, do, _):
         """
         P is computed again: nothing of size T·k was kept.
-        dP = dO·v, dS = P·(dP - Σ_d dO·O), dq = dS·k, dk = dSᵀ·q, dv = Pᵀ·dO.
+        dP = dO·v, dS = P·(dP - Σ_d dO·O), dq = dS·k/√d, dk = dSᵀ·q/√d, dv = Pᵀ·dO.
         """
         q, k, v, o = ctx.saved_tensors
         do = do.to(q.dtype).contiguous()
@@ -476,28 +488,28 @@ class IndexLoss(torch.autograd.Function):
         iq, ik, iw, ib = (at_least_fp32(x).contiguous() for x in (iq, ik, iw, ib))
         q, k = (at_least_fp32(x).contiguous() for x in (q, k))
         scale = 1 / math.sqrt(iq.size(3))
-        tau = log_tau.exp()
+        tau = at_least_fp32(log_tau).exp()
         ik = ik[:, :, None]  # (B, S, 1, di): one key head
         iw = iw[..., None]  # (B, T, Hi, 1)
         diq, dik, diw, dib = map(torch.zeros_like, (iq, ik, iw, ib))
-        loss, dtau = torch.zeros_like(log_tau), torch.zeros_like(log_tau)
+        loss, dlog_tau = torch.zeros_like(tau), torch.zeros_like(tau)
         workspace = Workspace()
         for block in blocks(selection, q.size(2)):
             # 1. teacher: the attention, averaged over the heads
             s = block.logits(block.rows(q, k.size(2)), k, workspace)  # (groups, G, R·n, U)
-            p = torch.softmax(s, -1, out=s)
             n, U = block.bias.shape[1:]
-            p = p.view(block.groups, -1, n, U).mean(1).to(iq.dtype)  # (groups, n, U)
+            per_head = (block.groups, -1, n, U)  # the shape (groups, H or Hi, n, U)
+            p = torch.softmax(s, -1, out=s)
+            p = p.view(per_head).mean(1).to(iq.dtype)  # (groups, n, U)
             # 2. student: softmax(τ·I), and log Z, the LSE of τ·I
             q_rows = block.rows(iq, 1)  # (groups, 1, Hi·n, di)
             w_rows = block.rows(iw, 1)  # (groups, 1, Hi·n, 1)
             z = workspace("z", iq, *q_rows.shape[:3], U)
-            per_head = (block.groups, -1, n, U)  # the shape (groups, Hi, n, U)
             z.view(per_head).copy_(ib[:, None, None])
             block.add_products(q_rows, ik, z, scale)
             a = z.sigmoid_() if activation == "sigmoid" else z.relu_()
             scores = (a * w_rows).view(per_head).sum(1)  # (groups, n, U), Eq. 7
-            logits = torch.add(block.bias, scores * tau)
+            logits = block.bias + scores * tau
             student = logits.softmax(-1)
             log_z = logits.amax(-1) - student.amax(-1).log()  # (groups, n)
             # 3. Σ_s p·(log p - τ·I + log Z), where Σ_s p = 1
@@ -506,16 +518,17 @@ class IndexLoss(torch.autograd.Function):
                 continue
             # 4. gradients; that of τ·I is student - p
             g = student.sub_(p)
-            dtau += (g * scores).sum() * tau
+            dlog_tau += (g * scores).sum() * tau
             g *= tau
-            block.store((a.view(per_head) * g[:, None]).sum(-1).view(block.groups, 1, -1, 1), diw)
+            dw = (a.view(per_head) * g[:, None]).sum(-1)  # (groups, Hi, n)
+            block.store(dw.view(block.groups, 1, -1, 1), diw)
             dz = a - a.square() if activation == "sigmoid" else (a > 0).to(a.dtype)
             dz.view(per_head).mul_(g[:, None])
             dz *= w_rows  # (groups, 1, Hi·n, U)
             dib += dz.view(per_head).sum((0, 2, 3))
             block.store(block.weighted_sum(dz, ik).mul_(scale), diq)
             block.scatter_add(dz, q_rows, dik, scale)
-        ctx.save_for_backward(diq, dik[:, :, 0], diw[..., 0], dib, dtau)
+        ctx.save_for_backward(diq, dik[:, :, 0], diw[..., 0], dib, dlog_tau)
         ctx.n_queries = iq.size(0) * iq.size(1)
         return loss / ctx.n_queries
 
@@ -526,52 +539,3 @@ class IndexLoss(torch.autograd.Function):
 
 
 index_loss = torch.compiler.disable(IndexLoss.apply)
-
-
-# --------------------------------------------------------------------------------------------------
-# Measurements
-
-@torch.compiler.disable
-@torch.no_grad()
-def attention_report(q, k, selection):
-    """
-    What a selection does to a layer's attention: a dict of numbers (). O(T²) time.
-
-    recall       share of full attention (mean over heads) that falls on S_t, mean over the queries
-                 that have to choose (k_t below the number of visible keys); 1 where none has to
-    recall_best  the same for the k_t keys with most attention: what a perfect indexer would reach
-    first_token  share of the attention over S_t on the document's first key, mean over the
-                 queries behind it
-    """
-    visible = selection.visible
-    q, k = at_least_fp32(q), at_least_fp32(k)
-    B, G = len(q), k.size(2)
-    recall = best = first_token = 0.0
-    n_choosing = n_behind = 0
-    for tile in visible.tiles:
-        # 1. attention over all visible keys, and over the selected ones
-        block = DenseBlock(tile.queries, tile.keys, visible_bias(visible, tile).expand(B, -1, -1))
-        s = block.logits(block.rows(q, G), k, Workspace())  # (B, G, R·n, U)
-        full = s.softmax(-1).view(B, -1, *block.bias.shape[1:])  # (B, H, n, U)
-        selected = selected_bias(selection, tile) == 0  # (1 or B, n, U)
-        kept = full * selected[:, None]
-        kept = (kept / kept.sum(-1, keepdim=True)).mean(1)  # (B, n, U)
-        full = full.mean(1)  # (B, n, U)
-        # 2. recall of the queries that choose
-        mask = visible.mask(tile.queries, tile.begin, tile.end)  # (1 or B, n, U)
-        n_visible = mask.sum(-1)  # (1 or B, n)
-        k_t = selection.k_t[:, tile.queries]  # (B, n)
-        choosing = k_t < n_visible
-        n_choosing += choosing.sum()
-        recall += ((full * selected).sum(-1) * choosing).sum()
-        largest_first = full.sort(-1, descending=True).values.cumsum(-1)
-        best += (largest_first.gather(2, k_t[..., None] - 1)[..., 0] * choosing).sum()
-        # 3. the first token
-        first = mask & (mask.cumsum(-1) == 1)
-        behind = (n_visible > 1).expand_as(k_t)
-        n_behind += behind.sum()
-        first_token += ((kept * first).sum(-1) * behind).sum()
-    one = torch.ones((), device=q.device)
-    return {"recall": recall / n_choosing if n_choosing else one,
-            "recall_best": best / n_choosing if n_choosing else one,
-            "first_token": first_token / n_behind.clamp(min=1)}

@@ -95,12 +95,13 @@ class Tokenizer:
         elif name.startswith(("llama3:", "tiktoken:")):
             self.enc = _rank_file_encoding(name)
         else:
+            known = tiktoken.list_encoding_names()
+            if name not in known:
+                names = ["bytes", "llama3:PATH", "tiktoken:PATH"] + known
+                raise UserError(f"tokenizer {name!r} is not one of {', '.join(names)}")
             try:
                 self.enc = tiktoken.get_encoding(name)
-            except ValueError:
-                names = ["bytes", "llama3:PATH", "tiktoken:PATH"] + tiktoken.list_encoding_names()
-                raise UserError(f"tokenizer {name!r} is not one of {', '.join(names)}") from None
-            except OSError:  # requests' ConnectionError is one
+            except (OSError, ValueError):  # no network; a download with a wrong hash
                 raise UserError(
                     f"tokenizer {name!r} must be downloaded once and cannot be: "
                     "use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to a folder "
@@ -153,7 +154,7 @@ def open_tokenizer(meta, name=""):
     """
     The tokenizer of prepared data or of a checkpoint. meta: the dict of its meta.json.
     name: the tokenizer under another name or path, if the vocabulary file has moved.
-    Raises UserError if its vocabulary is not the one that made the data.
+    Raises UserError if it is not the vocabulary, or not the kind, that made the data.
     """
     tokenizer = Tokenizer(name or meta["tokenizer"])
     wanted = meta["vocabulary"]
@@ -161,4 +162,10 @@ def open_tokenizer(meta, name=""):
         raise UserError(f"tokenizer {tokenizer.name!r} is not the vocabulary that this data or "
                         f"checkpoint was made with (SHA-256 {tokenizer.fingerprint[:12]}…, "
                         f"not {wanted[:12]}…): bring that file back")
+    # "gpt2" and "tiktoken:PATH" may hold the same tokens, but they split text by other patterns.
+    kind = tokenizer.name.partition(":")[0]
+    if kind != meta["tokenizer"].partition(":")[0]:
+        raise UserError(f"tokenizer {tokenizer.name!r} splits text otherwise than "
+                        f"{meta['tokenizer']!r}, which made this data or checkpoint: "
+                        "give one of that kind")
     return tokenizer

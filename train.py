@@ -8,43 +8,31 @@ Train a GSA model, on a laptop or by torchrun on many GPUs.
 
 Training has two phases (README, "Training the indexer"). For index_warmup_iters steps attention is
 dense, and the indexer learns to predict it. Then attention runs over the selected keys only.
-The batch of step n is a pure function of (seed, n, rank), so a resumed run continues exactly where
+Micro-batch m of the run is a pure function of (seed, m), so a resumed run continues exactly where
 the interrupted one stopped. A loss or gradient that is not finite stops the run and never reaches
 the checkpoint.
 """
 import contextlib
-import dataclasses
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checks
-import configurator
 from attention import document_starts
 from checkpoint import (check_backend, check_compiler, check_dtype, check_same_data,
                         check_vocabulary, find_data, load_checkpoint, load_retrofit, load_weights,
                         not_finite, open_run, precision, save_checkpoint, use_device)
-from configurator import UserError, check_ranges, duration, environment, flags, parse, run, to_json
+from configurator import (UserError, check_ranges, duration, environment, flags, parse, run, say,
+                          to_json)
 from data import Batches, Data, differences
+from measure import flops_per_token, peak_flops
 from model import GSA, GSAConfig
 from optim import load_optimizers, make_optimizers
-
-# Peak FLOP/s of dense bf16 products, from NVIDIA's data sheets. The first name that the device's
-# name contains is taken.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
 
 
 @dataclass
@@ -87,7 +75,7 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 
     # reporting
     log_interval: int = 10
-    eval_interval: int = 250  # steps; the checkpoint is written at the same steps
+    eval_interval: int = 250  # steps; the checkpoint is written at the same steps, and at the end
     eval_iters: int = 20  # micro-batches of val.bin
 
     # system
@@ -116,7 +104,7 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
                             f"short_block {self.short_block}")
 
     def model_config(self, vocab_size):
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(GSAConfig)}
+        values = {f.name: getattr(self, f.name) for f in fields(GSAConfig)}
         return GSAConfig(**values | {"vocab_size": vocab_size})
 
 
@@ -151,7 +139,7 @@ def resumed_settings(checkpoint, given):
     """
     saved = checkpoint["config"]
     path = f"{given.get('out_dir', TrainConfig.out_dir)}/ckpt.pt"
-    kinds = {f.name: f.type for f in dataclasses.fields(TrainConfig)}
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
     for name, value in saved.items():
         if type(value) is not kinds.get(name):
             raise UserError(f"{path} was written by another version: it has a setting {name!r}")
@@ -232,6 +220,7 @@ class Run:
             self.model = torch.compile(self.raw)
         if world > 1:
             ids = [device] if device.startswith("cuda") else None
+            # update_var_avg averages the one buffer that training changes
             self.model = DistributedDataParallel(self.model, device_ids=ids,
                                                  broadcast_buffers=False)
         # 6. for the reports
@@ -480,7 +469,7 @@ class Run:
 
     def say(self, line):
         if self.rank == 0:
-            configurator.say(line)
+            say(line)
 
     # ---- several ranks
 
@@ -500,42 +489,6 @@ class Run:
         return dict(zip(values, (total / self.world).tolist()))
 
 
-def flops_per_token(model, T=None, training=True, warmup=False):
-    """
-    Model FLOPs per token at context T (default block_size): the mean over positions t = 1…T.
-    Forward: 2 per weight of a matrix; attention 4·C per key that the query attends to,
-    min(k_base, t) or all t (dense, warm-up); indexer 2·Hi·di per visible key, all t.
-    Backward: twice the forward, but the indexer's spans the attended keys only.
-    Recomputation is not counted.
-    """
-    c = model.config
-    T = T or c.block_size
-    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    visible = (T + 1) / 2  # mean of t: keys per query
-    attended = visible
-    if c.sparse and not warmup:
-        k = min(c.k_base, T)
-        attended = (k * (k + 1) / 2 + (T - k) * k) / T  # mean of min(k_base, t)
-    score = 2 * c.n_index_head * c.d_index if c.sparse else 0  # FLOPs of one indexer score
-    forward = 2 * weights + c.n_layer * 4 * attended * c.n_embd
-    indexer = c.n_layer * score * visible
-    if not training:
-        return forward + indexer
-    indexer_backward = c.n_layer * 2 * score * attended
-    return 3 * forward + indexer + indexer_backward
-
-
-def peak_flops(device):
-    """The GPU's bf16 peak in FLOP/s; None for a CPU or a GPU that is not in the table."""
-    if not device.startswith("cuda"):
-        return None
-    device_name = torch.cuda.get_device_name(device)
-    for name, flops in PEAK_FLOPS.items():
-        if name in device_name:
-            return flops
-    return None
-
-
 def train(cfg, checkpoint=None, new_data=False):
     """
     Run the training that cfg describes; with a checkpoint, go on from it.
@@ -543,17 +496,17 @@ def train(cfg, checkpoint=None, new_data=False):
     Returns the metrics of the last evaluation. Raises UserError.
     """
     world = environment("WORLD_SIZE", 1)
-    rank = environment("RANK", 0)
-    device = use_device(cfg.device)
+    rank = environment("RANK", 0) if world > 1 else 0
+    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if world > 1 and device.startswith("cuda"):
+        device = f"cuda:{environment('LOCAL_RANK', 0)}"
+    device = use_device(device)
     if world > 1:
         try:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         except (ValueError, RuntimeError) as e:
             raise UserError(f"WORLD_SIZE is {world}, but the ranks cannot meet "
                             f"({str(e).splitlines()[0]}): start them by torchrun") from None
-        if device == "cuda":
-            device = f"cuda:{environment('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(device)
     try:
         return Run(cfg, device, rank, world, checkpoint, new_data).train()
     except UserError:
@@ -570,6 +523,7 @@ def main(argv):
     checkpoint = None
     if given.get("init_from") == "resume":
         checkpoint = load_checkpoint(given.get("out_dir", TrainConfig.out_dir))
+    # A config file always names its data; only a flag asks for other tokens
     train(settings(argv, checkpoint), checkpoint, new_data="data" in flags(argv))
 
 

@@ -7,7 +7,7 @@ Duration: not measured yet. Estimated 0.7 hours, from flops_per_token at an assu
 Expected loss: not measured yet.
 """
 data = "data/slimpajama"
-out_dir = "out"
+out_dir = "out/gsa_small"
 attention = "gsa"
 n_layer = 12
 n_head = 12

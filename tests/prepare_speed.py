@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import UserError, check_ranges, parse, run
-from data import Tokenizer
+from tokenizer import Tokenizer
 
 
 @dataclass

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attention
+import measure
 import tiled
 from attention import Budget, Index, Selection, Visible, document_starts
 from conftest import COMPILING, ROOT
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 # Every k_rule once more, in plain Python: k before it is clamped, from ratio = Var_t / V̄ and the
-# Budget. A new rule gets a line here; the tests below then try it on every path.
+# Budget. A new rule gets a line here; the tests of rules then try it on every path.
 RULES = {
     "inverse": lambda ratio, budget: round(budget.k_base * (0.5 + 1 / (1 + ratio))),
     "eq8": lambda ratio, budget: math.floor(budget.k_base * ratio + 1e-9),
@@ -303,6 +304,19 @@ def test_each_rule_turns_variance_into_a_budget():
     assert k_t("fixed") == [4, 4, 4, 4, 4, 3]
 
 
+def test_every_rule_stands_in_plain_python():
+    assert set(RULES) == set(attention.K_RULES), "RULES, above, lacks a rule of K_RULES"
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rule", attention.K_RULES)
+def test_a_rule_selects_the_same_on_the_pytorch_path(rule, seed):
+    x = random_layer(seed, T=70, docs=seed % 2 == 1, rule=rule)
+    ours, expected = select(x, "torch"), select(x, "eager")
+    assert_equal("k_t", ours.k_t, expected.k_t)
+    assert_equal("selected keys", ours.mask(), expected.mask())
+
+
 @pytest.mark.parametrize("rule", attention.K_RULES)
 def test_a_rule_counts_a_query_as_average_where_the_ratio_is_unknown(rule):
     """While nothing has been averaged (V̄ = 0), and where a score was not finite (Var = NaN)."""
@@ -553,7 +567,7 @@ def budget_in_python(scores, budget):
 @pytest.mark.parametrize("docs", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("rule", attention.K_RULES)
-def test_reference_follows_the_formulas_query_by_query(rule, seed, docs):
+def test_reference_follows_the_rule_and_the_formulas_query_by_query(rule, seed, docs):
     """Scores, variance, budget and S_t in plain Python, from the paper's formulas alone."""
     x = random_layer(100 + seed, T=23, ties=seed % 2 == 0, docs=docs, rule=rule)
     budget = x.budget
@@ -773,7 +787,7 @@ def test_attention_report_measures_recall_and_first_token_share():
     x = random_layer(14, T=70, docs=True)
     x = x._replace(budget=Budget("fixed", 7, 1, 7))
     selection = select(x)
-    report = tiled.attention_report(x.q, x.k, selection)
+    report = measure.attention_report(x.q, x.k, selection)
     see = x.visible.mask()  # (B, T, S)
     inside = selection.mask()  # (B, T, S)
     logits = torch.einsum("bthd,bshd->btsh", x.q, heads_of_queries(x.k, x.q))

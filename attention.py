@@ -10,7 +10,7 @@ Each of the three has an eager form here, which follows the equations and takes 
 the reference that every faster path is tested against. `backend` names the path:
 
     "eager"   this file
-    "torch"   tiled.py: some queries at a time, O(tile·S) memory
+    "torch"   tiled.py and tiled_select.py: some queries at a time, O(tile·S) memory
     "triton"  kernels.py and its like: on a GPU, or slowly in Triton's interpreter
     "auto"    "triton" on a GPU, "torch" elsewhere
 
@@ -29,6 +29,7 @@ import kernels
 import kernels_loss
 import kernels_select
 import tiled
+import tiled_select
 from checks import check_index, check_inputs
 
 
@@ -286,7 +287,7 @@ def select(index, visible, budget, backend="auto"):
     if backend == "eager":
         k_t, indices, var = select_eager(index, visible, budget)
     elif backend == "torch":
-        k_t, indices, var = tiled.select(index, visible, budget)
+        k_t, indices, var = tiled_select.select(index, visible, budget)
     else:
         k_t, indices, var = kernels_select.select(
             *index, visible.pos, visible.start,
@@ -303,7 +304,7 @@ def score_variance(index, visible, backend="auto"):
         scores = index_scores(index)
         return variance(scores, visible.mask().expand_as(scores))
     if backend == "torch":
-        return tiled.score_variance(index, visible)
+        return tiled_select.score_variance(index, visible)
     return kernels_select.score_variance(*index, visible.pos, visible.start)
 
 

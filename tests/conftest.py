@@ -26,8 +26,9 @@ def small_tiles(monkeypatch):
     queries, dense blocks of 6 queries, few gathered logits, scores of 7 or 8 keys at a time.
     """
     import tiled
+    import tiled_select
     monkeypatch.setattr(tiled, "TILE_QUERIES", 16)
     monkeypatch.setattr(tiled, "DENSE_QUERIES", 6)
     monkeypatch.setattr(tiled, "GATHERED_LOGITS", 1000)
-    monkeypatch.setattr(tiled, "SCORES", 128)
-    monkeypatch.setattr(tiled, "SCORE_KEYS", 7)
+    monkeypatch.setattr(tiled_select, "SCORES", 128)
+    monkeypatch.setattr(tiled_select, "SCORE_KEYS", 7)

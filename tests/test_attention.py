@@ -19,6 +19,7 @@ from torch import Tensor
 import attention
 import measure
 import tiled
+import tiled_select
 from attention import Budget, Index, Selection, Visible, document_starts
 from conftest import COMPILING, ROOT
 
@@ -237,7 +238,7 @@ def test_a_score_is_the_weighted_sum_over_the_indexer_heads(activation):
 
     assert_close("eager scores", attention.index_scores(index), expected)
     visible = Visible.causal(6)
-    scores, _, _ = tiled.tile_scores(index, visible, visible.tiles[0])  # (B, T, S)
+    scores, _, _ = tiled_select.tile_scores(index, visible, visible.tiles[0])  # (B, T, S)
     see = visible.mask()[0]  # (T, S)
     assert_close("tiled scores", scores[:, see], expected[:, see])
 
@@ -610,7 +611,7 @@ def test_greatest_finds_what_a_stable_sort_finds(dtype):
             k = torch.randint(1, n + 1, (len(x),))  # (rows,)
             order = x.sort(dim=-1, descending=True, stable=True).indices[:, :n]  # (rows, n)
             best = order.masked_fill(torch.arange(n) >= k[:, None], -1)
-            found = tiled.top_k(x, k, n)  # (rows, n), in no order
+            found = tiled_select.top_k(x, k, n)  # (rows, n), in no order
             assert_equal(f"{name}, n = {n}", found.sort(-1).values, best.sort(-1).values)
 
 

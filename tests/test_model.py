@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attention
 import model as model_module
 from attention import document_starts
+from layers import RoPE
 from measure import flops_per_token
-from model import ARMS, GSA, GSAConfig, KVCache, RoPE
+from model import ARMS, GSA, GSAConfig, KVCache
 from optim import param_groups
 from sample import draw_token, generate, stream
 

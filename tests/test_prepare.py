@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 
 import data as data_module
+import encode
 import localfiles
 import prepare
+import preview
 import sources
 import tokenizer as tokenizer_module
 import train
@@ -217,7 +219,7 @@ def test_hostile_file_every_document_survives_or_is_counted(tmp_path, monkeypatc
 
 def test_encode_block_mends_lone_surrogates_only(tmp_path):
     texts = ["pair \ud83d\ude42 joined", "lone \ud800", "plain ퟿ text"]
-    e = prepare.encode_block(Block("texts", texts, None), config(tmp_path, "x"))
+    e = encode.encode_block(Block("texts", texts, None), config(tmp_path, "x"))
     ends = np.cumsum(e.lengths)
     documents = [bytes(e.ids[end - n:end - 1].tolist()).decode()
                  for n, end in zip(e.lengths, ends)]
@@ -643,7 +645,7 @@ def test_estimate_of_a_preset_from_the_hub_uses_its_published_size(tmp_path, mon
     The guide's storage table: 627e9 tokens are 1.25 TB in two bytes each; in four, its 2.5 TB.
     """
     local = prepare.open_source(config(tmp_path, write(tmp_path / "a.jsonl", DOCS)))[2]
-    monkeypatch.setattr(prepare, "open_source", lambda cfg: sources.Source("the hub", [], local))
+    monkeypatch.setattr(preview, "open_source", lambda cfg: sources.Source("the hub", [], local))
 
     def estimate(dataset, **settings):
         return prepare.estimate(PrepareConfig(dataset=dataset, num_proc=1, **settings))
@@ -727,7 +729,7 @@ def test_the_bar_guesses_the_tokens_of_local_files(tmp_path, kind):
     source = prepare.open_source(cfg)
     progress = prepare.Progress(cfg, source, written=1000)
     for block in source.blocks(None):
-        encoded = prepare.encode_block(block, cfg)
+        encoded = encode.encode_block(block, cfg)
         progress.update(len(encoded.ids), encoded.source_bytes)
     assert progress.bar.total == pytest.approx(progress.bar.n, rel=0.15)
 

@@ -6,8 +6,8 @@ attention over the keys that they select. model.py owns the weights and the gate
     o, lse = sparse_attention(q, k, v, selection)         # softmax attention over S_t only
     loss = index_loss(q, k, lse, index, log_tau, selection)  # what the indexer learns from
 
-Each of the three has an eager form here, which follows the equations and takes O(T·S) memory. It is
-the reference that every faster path is tested against. `backend` names the path:
+Each of the three has an eager form here, which follows the equations and takes O(T·S) memory. It
+is the reference that every faster path is tested against. `backend` names the path:
 
     "eager"   this file
     "torch"   tiled.py and tiled_select.py: some queries at a time, O(tile·S) memory
@@ -67,6 +67,15 @@ class Budget(NamedTuple):
     n_local: int = 0  # the same of last keys, the query's own among them; 0 acts as 1
     var_avg: Tensor | None = None  # V̄, a stored scalar; None or 0 = nothing averaged yet
 
+    def check(self):
+        """Raises ValueError where no keys can be selected by this budget."""
+        if self.rule not in K_RULES:
+            raise ValueError(f"k_rule {self.rule!r} is not one of {', '.join(K_RULES)}")
+        forced = self.n_sink + max(1, self.n_local)
+        if forced > self.k_min:
+            raise ValueError(f"k_min {self.k_min} has no room for the {forced} forced keys "
+                             "(n_sink, n_local)")
+
     @property
     def adaptive(self):
         """May k_t depend on the variance of the scores?"""
@@ -121,6 +130,11 @@ class Visible:
         """One document, as many keys as queries: is_causal of PyTorch's attention."""
         return self.start is None and self.pos.size(0) == 1 and self.pos.size(1) == self.n_keys
 
+    @property
+    def first(self):
+        """(1 or B, T), the first key that each query sees."""
+        return torch.zeros_like(self.pos) if self.start is None else self.start
+
     @functools.cached_property
     def max_visible(self):
         """
@@ -158,8 +172,7 @@ class Selection:
     @classmethod
     def everything(cls, visible, B):
         """S_t = all visible keys: dense attention."""
-        first = 0 if visible.start is None else visible.start
-        return cls(visible, (visible.pos - first + 1).expand(B, -1), None)
+        return cls(visible, (visible.pos - visible.first + 1).expand(B, -1), None)
 
     def mask(self):
         """True = selected: (B, T, S) bool."""
@@ -183,7 +196,10 @@ class Selection:
 # The equations, eagerly: O(T·S) memory
 
 def index_scores(index):
-    """I[t,s] = Σ_j w[t,j] · σ(q^I[t,j]·k^I[s] / √di + b[j])  (Eq. 7), of every pair: (B, T, S)."""
+    """
+    I[t,s] = Σ_j w[t,j] · σ(q^I[t,j]·k^I[s] / √di + b[j])  (Eq. 7), of every query and key:
+    (B, T, S).
+    """
     z = torch.einsum("btjd,bsd->btjs", index.q, index.k)
     z = z / math.sqrt(index.q.size(-1))  # CHOICE: √di as in the official code
     z = z + index.b[:, None]  # (B, T, Hi, S)
@@ -278,11 +294,7 @@ def select(index, visible, budget, backend="auto"):
     A query's result depends on the keys that it sees and on V̄ only: the selection is causal and
     independent of the batch. Raises ValueError for inputs that do not fit each other.
     """
-    if budget.rule not in K_RULES:
-        raise ValueError(f"k_rule {budget.rule!r} is not one of {', '.join(K_RULES)}")
-    forced = budget.n_sink + max(1, budget.n_local)
-    if forced > budget.k_min:
-        raise ValueError(f"k_min {budget.k_min} has no room for {forced} forced keys")
+    budget.check()
     backend = check_index(backend, visible, index)
     if backend == "eager":
         k_t, indices, var = select_eager(index, visible, budget)
@@ -331,7 +343,8 @@ def sparse_attention(q, k, v, selection, backend="auto"):
 @no_autocast
 def index_loss(q, k, lse, index, log_tau, selection, backend="auto"):
     """
-    Mean over the queries of KL(p ‖ softmax over S_t of τ·I), in nats; τ = exp(log_tau), a scalar.
+    Mean over the queries of KL(p ‖ softmax over S_t of τ·I), in nats.
+    τ = exp(log_tau), a scalar.
 
     The teacher p is the attention of q (B, T, H, d) over k (B, S, G, d), whose LSE (B, T, H)
     sparse_attention returned; it gets no gradient. The student, index and log_tau, does.

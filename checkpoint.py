@@ -23,12 +23,15 @@ from model import GSA, GSAConfig
 # --------------------------------------------------------------------------------------------------
 # Device, precision, compiler
 
-def use_device(name):
+def use_device(name, local_rank=None):
     """
     The device to compute on, as torch names it; "" = a GPU if there is one, else the CPU.
+    local_rank: of several ranks on this machine, each takes the GPU of its number.
     Raises UserError.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if local_rank is not None and name.startswith("cuda"):
+        name = f"cuda:{local_rank}"
     try:
         torch.zeros(1, device=name).item()
         if name.startswith("cuda:"):

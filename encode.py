@@ -118,11 +118,11 @@ def encode_block(block, cfg):
         keys = np.array([near_keys(t) for t in texts], dtype=np.uint64).reshape(-1, 14)
 
     # 3. tokens, a separator after every document
-    # On disk the separator ends a document. To the model the same token begins the next one:
-    # Batches counts a window's separators, and a token's document is the number of separators up
-    # to and including it. So the last token of a document learns to predict the separator ("the
-    # document ends"), and the separator, which sees nothing before itself, learns to predict the
-    # first token of the next document. A prompt for the model therefore begins with a separator.
+    # On disk the separator ends a document. To the model the same token begins the next one: a
+    # token's document starts at the last separator up to and including it
+    # (attention.document_starts). So the last token of a document learns to predict the separator
+    # ("the document ends"), and the separator, which sees nothing before itself, learns to predict
+    # the first token of the next document. A prompt therefore begins with a separator.
     tokenizer = _tokenizer(cfg.tokenizer)
     separator = [tokenizer.separator]
     parts = []

@@ -317,7 +317,9 @@ def _append(p_list, n, value, take):
 
 @jit
 def _activation(z, SIGMOID: tl.constexpr, FAST: tl.constexpr):
-    """σ or ReLU. FAST: σ(z) = ½ + ½ tanh(z/2) takes one special function, 1 / (1 + exp(-z)) two."""
+    """
+    σ or ReLU. FAST: σ(z) = ½ + ½ tanh(z/2) is one special function, 1 / (1 + exp(-z)) is two.
+    """
     if SIGMOID:
         if FAST:
             tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * z],

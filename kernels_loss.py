@@ -29,9 +29,10 @@ def _index_loss_kernel(
         DENSE: tl.constexpr, HAS_START: tl.constexpr, GRADS: tl.constexpr,
         PRECISION: tl.constexpr, BN: tl.constexpr):
     """
-    KL(p ‖ softmax(τ·I)) of TQ queries and, with GRADS, its gradients. Grid (n_tiles, B), tiles from
-    tile0 on. Teacher p: the mean over all heads of exp(S - LSE). Student: softmax of τ·I. The keys
-    are walked over twice, first for the student's LSE, then for everything else.
+    KL(p ‖ softmax(τ·I)) of TQ queries and, with GRADS, its gradients. Grid (n_tiles, B), tiles
+    from tile0 on. The teacher p is the mean over all heads of exp(q·k / √d - LSE). The student
+    is the softmax of τ·I. The keys are walked over twice, first for the student's log Z, then for
+    everything else.
 
     Three systems of rows, each with its own names:
 

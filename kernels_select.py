@@ -3,7 +3,7 @@ The Triton path of selection: scores (Eq. 7) -> variance -> k_t (Eq. 8) -> exact
 of kernels.py explains the names. attention.select_eager is the same in plain PyTorch.
 
     k_t, indices, var = select(index_q, …)    # for attention.select
-    var = score_variance(index_q, …)          # the variance alone, all that the warm-up phase needs
+    var = score_variance(index_q, …)          # the variance alone: what the warm-up needs
 
 A chunk of queries is scored at a time, so that the scores, 4 bytes for each query and key, stay in
 the L2 cache. Then one program selects for one query. It never sorts:
@@ -182,21 +182,32 @@ def _load_candidates(p_row, p_candidates, i, n, pos, start, n_sink, n_local):
 
 
 @jit
-def _variance_kernel(
-        p_scores, p_var, p_pos, p_start, t0, T, S, pos_stride, n_rows,
-        HAS_START: tl.constexpr, BS: tl.constexpr):
-    """Var_t of one query, as _select_kernel computes it. Grid (n_rows, B)."""
+def _own_query(p_pos, p_start, t0, T, S, pos_stride, n_rows, HAS_START: tl.constexpr):
+    """
+    The query of a program of a grid (n_rows, B). Returns its place among all B·T queries, the
+    place of its row of scores, and its last and first visible key.
+    """
     i_row = tl.program_id(0)
     i_b = tl.program_id(1).to(tl.int64)
     t = t0 + i_row
     pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
+    return i_b * T + t, (i_b * n_rows + i_row) * S, pos, start
+
+
+@jit
+def _variance_kernel(
+        p_scores, p_var, p_pos, p_start, t0, T, S, pos_stride, n_rows,
+        HAS_START: tl.constexpr, BS: tl.constexpr):
+    """Var_t of one query, as _select_kernel computes it. Grid (n_rows, B)."""
+    i_query, i_scores, pos, start = _own_query(p_pos, p_start, t0, T, S, pos_stride, n_rows,
+                                               HAS_START)
     n = pos - start + 1
-    p_scores += (i_b * n_rows + i_row) * S
+    p_scores += i_scores
     s = start + tl.arange(0, BS)
-    b_first, see, forced = _load_scores(p_scores, s, s <= pos, pos, start, 0, 0)
-    b_hist, var = _histogram_and_variance(p_scores, b_first, 0.0, 0.0, n, pos, start, 0, 0,
-                                          HISTOGRAM=False, VARIANCE=True, BS=BS)
-    tl.store(p_var + i_b * T + t, var)
+    b_first, _, _ = _load_scores(p_scores, s, s <= pos, pos, start, 0, 0)
+    _, var = _histogram_and_variance(p_scores, b_first, 0.0, 0.0, n, pos, start, 0, 0,
+                                     HISTOGRAM=False, VARIANCE=True, BS=BS)
+    tl.store(p_var + i_query, var)
 
 
 @jit
@@ -214,15 +225,13 @@ def _select_kernel(
     aside in p_candidates (B, n_rows, S) and searched exactly. All passes read the same stored
     scores, so they agree to the last bit.
     """
-    i_row = tl.program_id(0)
-    i_b = tl.program_id(1).to(tl.int64)
-    t = t0 + i_row
-    pos, start = _load_visible(p_pos, p_start, t, i_b, T, pos_stride, HAS_START)
+    i_query, i_scores, pos, start = _own_query(p_pos, p_start, t0, T, S, pos_stride, n_rows,
+                                               HAS_START)
     n = pos - start + 1
-    p_scores += (i_b * n_rows + i_row) * S
-    p_candidates += (i_b * n_rows + i_row) * S
-    p_index_w += (i_b * T + t) * Hi
-    p_indices += (i_b * T + t) * width
+    p_scores += i_scores
+    p_candidates += i_scores
+    p_index_w += i_query * Hi
+    p_indices += i_query * width
     lane = tl.arange(0, BS)
 
     # 1. histogram and variance
@@ -236,8 +245,8 @@ def _select_kernel(
     # 2. keys per query
     var_avg = tl.load(p_var_avg)
     k_t = _keys_per_query(var, var_avg, n, k_base, k_min, k_max, RULE)
-    tl.store(p_var + i_b * T + t, var)
-    tl.store(p_k_t + i_b * T + t, k_t)
+    tl.store(p_var + i_query, var)
+    tl.store(p_k_t + i_query, k_t)
 
     # 3. the keys above the bin of the k_t-th largest score, and the candidates in it
     kth_bin, need = _bin_of_kth(b_hist, k_t)
@@ -278,32 +287,29 @@ def _select_kernel(
         n_equal += tl.sum(equal.to(tl.int32), 0)
 
 
-def _new_scores(index_q, index_k):
-    """Memory for a chunk of scores: (B, queries, S), about kernels.SCORES_BYTES."""
+def _score_chunks(index_q, index_k, index_w, index_b, activation, pos, start):
+    """
+    Compute the scores of a chunk of queries at a time, about kernels.SCORES_BYTES of them. For
+    each chunk, yield the grid and the arguments of a kernel with a program for each of its queries.
+    """
     B, T = index_q.shape[:2]
     S = index_k.size(1)
-    tile = _options_like(index_q, "scores")["TQ"]
+    options = _options_like(index_q, "scores")
+    tile = options["TQ"]
     fitting = kernels.SCORES_BYTES // (4 * B * S) // tile * tile
     n_rows = min(triton.cdiv(T, tile) * tile, max(tile, fitting))
-    return torch.empty(B, n_rows, S, device=index_q.device, dtype=torch.float32)
-
-
-def _score_chunk(scores, t0, index_q, index_k, index_w, index_b, activation, positions):
-    """
-    Fills scores (B, n_rows, S) with those of the n_rows queries from t0 on. Returns the arguments
-    that tell the next kernel which queries these are.
-    """
-    B, n_rows, S = scores.shape
-    T = index_q.size(1)
-    options = _options_like(index_q, "scores")
-    end = S - T + min(t0 + n_rows, T)  # positions increase along T: these queries see no key ≥ end
-    chunk = dict(t0=t0, T=T, S=S, n_rows=n_rows, **positions)
-    grid = triton.cdiv(min(n_rows, T - t0), options["TQ"]), triton.cdiv(end, options["BN"]), B
-    _scores_kernel[grid](
-        p_index_q=index_q, p_index_k=index_k, p_index_w=index_w, p_index_b=index_b,
-        p_scores=scores, **chunk, **_index_sizes(index_q, activation, options["TQ"]),
-        PRECISION=_dot_precision(), **options)
-    return chunk
+    scores = torch.empty(B, n_rows, S, device=index_q.device, dtype=torch.float32)
+    positions = _positions(pos, start)
+    for t0 in range(0, T, n_rows):
+        n_queries = min(n_rows, T - t0)
+        # Positions increase along T: these queries see no key from `end` on
+        end = S - T + t0 + n_queries
+        chunk = dict(p_scores=scores, t0=t0, T=T, S=S, n_rows=n_rows, **positions)
+        _scores_kernel[triton.cdiv(n_queries, tile), triton.cdiv(end, options["BN"]), B](
+            p_index_q=index_q, p_index_k=index_k, p_index_w=index_w, p_index_b=index_b,
+            **chunk, **_index_sizes(index_q, activation, tile),
+            PRECISION=_dot_precision(), **options)
+        yield (n_queries, B), chunk
 
 
 @torch.library.custom_op("gsa::select", mutates_args=())
@@ -325,17 +331,15 @@ def select(index_q: Tensor, index_k: Tensor, index_w: Tensor, index_b: Tensor, a
     """
     B, T, Hi, _ = index_q.shape
     index = tuple(x.contiguous() for x in (index_q, index_k, index_w, index_b))
-    scores = _new_scores(index_q, index_k)  # (B, n_rows, S)
-    candidates = torch.empty_like(scores, dtype=torch.int32)  # (B, n_rows, S)
     indices = torch.full((B, T, width), -1, dtype=torch.int32, device=index_q.device)
     k_t = torch.empty(B, T, dtype=torch.long, device=index_q.device)
     var = torch.empty(B, T, device=index_q.device, dtype=torch.float32)
     if var_avg is None:
         var_avg = torch.zeros((), device=index_q.device)
-    for t0 in range(0, T, scores.size(1)):
-        chunk = _score_chunk(scores, t0, *index, activation, _positions(pos, start))
-        _select_kernel[min(scores.size(1), T - t0), B](
-            p_scores=scores, p_candidates=candidates, p_index_w=index[2], p_var_avg=var_avg,
+    for grid, chunk in _score_chunks(*index, activation, pos, start):
+        candidates = torch.empty_like(chunk["p_scores"], dtype=torch.int32)  # (B, n_rows, S)
+        _select_kernel[grid](
+            p_candidates=candidates, p_index_w=index[2], p_var_avg=var_avg,
             p_indices=indices, p_k_t=k_t, p_var=var, **chunk,
             width=width, k_base=k_base, k_min=k_min, k_max=k_max,
             n_sink=n_sink, n_local=max(1, n_local),  # a query always keeps its own position
@@ -363,12 +367,9 @@ def score_variance(index_q: Tensor, index_k: Tensor, index_w: Tensor, index_b: T
     """
     B, T = index_q.shape[:2]
     index = tuple(x.contiguous() for x in (index_q, index_k, index_w, index_b))
-    scores = _new_scores(index_q, index_k)  # (B, n_rows, S)
     var = torch.empty(B, T, device=index_q.device, dtype=torch.float32)
-    for t0 in range(0, T, scores.size(1)):
-        chunk = _score_chunk(scores, t0, *index, activation, _positions(pos, start))
-        _variance_kernel[min(scores.size(1), T - t0), B](
-            p_scores=scores, p_var=var, **chunk, **_options_like(index_q, "variance"))
+    for grid, chunk in _score_chunks(*index, activation, pos, start):
+        _variance_kernel[grid](p_var=var, **chunk, **_options_like(index_q, "variance"))
     return var
 
 

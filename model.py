@@ -86,21 +86,21 @@ class GSAConfig:
         for name, width in (("head width", self.d_head), ("d_index", self.d_index)):
             if width % 2:
                 raise ValueError(f"{name} {width} is odd: RoPE rotates pairs")
-        for name, known in (("index_activation", ("sigmoid", "relu")),
-                            ("k_rule", attention.K_RULES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+        if self.index_activation not in ("sigmoid", "relu"):
+            raise ValueError(f"index_activation {self.index_activation!r} is not one of "
+                             "sigmoid, relu")
         if self.k_min > self.k_max:
             raise ValueError(f"k_min {self.k_min} is larger than k_max {self.k_max}")
-        forced = self.n_sink + max(1, self.n_local)
-        if forced > self.k_min:
-            raise ValueError(f"k_min {self.k_min} has no room for the {forced} forced keys "
-                             "(n_sink, n_local)")
+        self.budget().check()
 
     @property
     def d_head(self):
         return self.n_embd // self.n_head
+
+    def budget(self, var_avg=None):
+        """The rule for k_t, with V̄ (scalar)."""
+        return attention.Budget(self.k_rule, self.k_base, self.k_min, self.k_max, self.n_sink,
+                                self.n_local, var_avg)
 
 
 @dataclass
@@ -194,9 +194,7 @@ class Indexer(nn.Module):
         return attention.Index(q, k[:, :, 0], w, self.b, self.config.index_activation)
 
     def budget(self):
-        c = self.config
-        return attention.Budget(c.k_rule, c.k_base, c.k_min, c.k_max, c.n_sink, c.n_local,
-                                self.var_avg)
+        return self.config.budget(self.var_avg)
 
     def observe(self, var):
         """Note Var_t (B, T) of a training batch, for GSA.update_var_avg."""
@@ -362,7 +360,7 @@ class GSA(nn.Module):
         parameter               initial value; N(mean, standard deviation)
         gates: weight           N(0, 0.1/√C): all gates start nearly equal,
                bias             gate_bias_init: half open
-        wo, mlp.down            N(0, 1/√(2·C·n_layer)): the residual stream does not grow with depth
+        wo, mlp.down            N(0, 1/√(2·C·n_layer)): the residual stream stays as large
         embed, other matrices   N(0, 1/√C): outputs of size 1 at any width. GPT-2's 0.02 is the
                                 same at C = 2500; at C = 128 it delays retrieval (LOG.md)
         indexer: ww's bias      0; for the ReLU indexer 1/Hi: its heads' mean weights add up to 1

@@ -40,7 +40,7 @@ def at_least_fp32(x):
 # Tiles: neighbouring queries, and the keys that they see
 
 class Tile(NamedTuple):
-    """A range of queries. They see no key outside begin … end-1; all see the keys low … high-1."""
+    """Some queries. They see no key outside begin … end-1; all see keys low … high-1."""
     query_begin: int
     query_end: int  # the first query behind the tile
     begin: int
@@ -59,9 +59,7 @@ class Tile(NamedTuple):
 
 def make_tiles(visible):
     """The queries in tiles of TILE_QUERIES, by one copy from the device for all of them."""
-    pos, start = visible.pos, visible.start
-    if start is None:
-        start = torch.zeros_like(pos)
+    pos, start = visible.pos, visible.first
     begin = torch.arange(0, pos.size(1), TILE_QUERIES, device=pos.device)  # (tiles,)
     final = (begin + TILE_QUERIES).clamp(max=pos.size(1)) - 1
     # Positions and starts do not fall along T: a tile's extremes are at its ends

@@ -112,9 +112,7 @@ def force(scores, visible, tile, budget):
     query's own among them, and the first n_sink keys of its document.
     """
     pos = visible.pos[:, tile.queries, None]  # (1 or B, queries, 1)
-    start = torch.zeros_like(pos)
-    if visible.start is not None:
-        start = visible.start[:, tile.queries, None]
+    start = visible.first[:, tile.queries, None]
     age = torch.arange(max(1, budget.n_local), device=pos.device)
     place = torch.arange(budget.n_sink, device=pos.device)
     local = torch.maximum(pos - age, start)  # where the document is shorter, its first key again

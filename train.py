@@ -497,10 +497,8 @@ def train(cfg, checkpoint=None, new_data=False):
     """
     world = environment("WORLD_SIZE", 1)
     rank = environment("RANK", 0) if world > 1 else 0
-    device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if world > 1 and device.startswith("cuda"):
-        device = f"cuda:{environment('LOCAL_RANK', 0)}"
-    device = use_device(device)
+    local_rank = environment("LOCAL_RANK", 0) if world > 1 else None
+    device = use_device(cfg.device, local_rank)
     if world > 1:
         try:
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

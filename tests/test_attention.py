@@ -168,7 +168,7 @@ def six_tokens(start=None, **budget):
     """
     A layer of six tokens with the scores above, H = 2 query heads, G = 1 KV head and d = 4.
 
-    Indexer: one head of width 1 with q = 1, k = score, w = 1, b = 0, so I = 1·relu(1·k / √1 + 0).
+    Indexer: one head of width 1, q = 1, k = score, w = 1, b = 0, so I = 1·relu(1·k / √1 + 0).
     Head 0:  q = (2, 0, 0, 0) and k = (ln a, 0, 0, 0), so q·k/√d = ln a and exp of it is a:
                  key    0  1  2  3  4  5
                  a      1  1  2  1  5  1
@@ -443,7 +443,7 @@ def test_attention_weighs_the_selected_keys_only(route, monkeypatch):
 def test_index_loss_is_the_divergence_of_the_scores_from_the_attention(route, monkeypatch):
     """
     The selection is that of k_t = 3 above. The teacher p is the mean of both heads' attention. The
-    student is the softmax of τ·score over the same keys; with τ = ln 2, exp(τ·score) = 2^score.
+    student is the softmax of τ·score over the same keys; for τ = ln 2, exp(τ·score) = 2^score.
 
         t  S_t    head 0         head 1  teacher p            2^score  student
         0  0      1              1       1                    2        1

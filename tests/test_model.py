@@ -45,7 +45,7 @@ docs = pytest.mark.parametrize("docs", [False, True])
 # Helpers
 
 def build(arm, dtype=torch.float64, backend="torch", trained=True, **dims):
-    """A small model in evaluation mode. trained: weights and V̄ are as uneven as after training."""
+    """A small model in eval mode. trained: weights and V̄ are as uneven as after training."""
     model = GSA(GSAConfig.arm(arm, **SMALL | dims), backend).to(dtype)
     if trained:
         with torch.no_grad():

@@ -8,6 +8,7 @@ import math
 import torch
 
 from configurator import UserError
+from sharding import divided_like, whole
 
 
 def orthogonal(x):
@@ -46,9 +47,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(momentum, group["momentum"]))
+                # Newton-Schulz needs the whole matrix, also of a model that is divided (--fsdp)
+                update = orthogonal(whole(p.grad.lerp(momentum, group["momentum"])))
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                scale = 0.2 * math.sqrt(max(p.shape))
+                p.add_(divided_like(update, p), alpha=-lr * scale)
 
 
 def param_groups(model, weight_decay=0.1, index_lr_mult=10.0):

@@ -1,0 +1,323 @@
+"""
+What a training run will need, told before it starts. Needs neither a GPU nor the data.
+
+    python train.py config/gsa_small.py --dry_run --gpus=8 --gpu=H100
+
+Memory is the sum of what nanoGSA's own tensors take, part by part, in GB of 10^9 bytes. Tests
+compare the activations with what autograd keeps. Of the rest CONTEXT is a guess, and
+torch.compile, which fuses operations and so keeps less, is not modelled.
+"""
+import difflib
+import itertools
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+import checks
+import kernels
+from configurator import UserError, duration, environment, say
+from data import Data, read_meta
+from measure import PEAK_FLOPS, flops_per_token
+from model import GSA, GSAConfig
+from optim import param_groups
+
+GB = 1e9
+# Memory in GB, from NVIDIA's data sheets
+GPU_MEMORY = {"H100": 80, "H200": 141, "B200": 192, "A100": 80, "A100 40GB": 40, "L40S": 48,
+              "RTX 4090": 24}
+CONTEXT = 1.5 * GB  # assumed: the CUDA context, cuBLAS, NCCL, and gaps between tensors
+
+KINDS = {  # part of a parameter's name -> what the report calls it; the first that fits
+    "embed.": "embedding", ".indexer.": "indexers", "_gate.": "gates", ".attn.": "attention",
+    ".mlp.": "MLP", "norm": "norms"}
+
+
+class Card(NamedTuple):
+    name: str
+    memory: float | None  # bytes; None = not limited here (a CPU)
+    on_gpu: bool
+    note: str = ""
+
+
+def pick_card(cfg):
+    """The GPU to plan for: --gpu, else the one of this machine, else an H100. Raises UserError."""
+    if cfg.gpu:
+        if cfg.gpu not in GPU_MEMORY:
+            near = difflib.get_close_matches(cfg.gpu, GPU_MEMORY, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"gpu {cfg.gpu!r} is not one of {', '.join(GPU_MEMORY)}{hint}")
+        return Card(cfg.gpu, GPU_MEMORY[cfg.gpu] * GB, True)
+    if cfg.device.startswith("cpu"):
+        return Card("CPU", None, False)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Card(properties.name, properties.total_memory, True)
+    return Card("H100", GPU_MEMORY["H100"] * GB, True, " (assumed, no GPU is here: --gpu=NAME)")
+
+
+def bare_model(cfg, vocab_size):
+    """The model without memory for its weights, on the "meta" device."""
+    with torch.device("meta"):
+        return GSA(cfg.model_config(vocab_size))
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+def computes_bf16(cfg, card):
+    return cfg.dtype == "bfloat16" or (card.on_gpu and not cfg.dtype)
+
+
+def kept_by_layer(cfg, card, hidden):
+    """
+    Bytes that one layer keeps for its backward pass, of one micro-batch, by part. hidden: the width
+    of the MLP. In the sparse phase: warm-up keeps the same less the selection.
+    """
+    # 1. sizes
+    B, T, C = cfg.batch_size, cfg.block_size, cfg.n_embd
+    H, G, d = cfg.n_head, cfg.n_kv_head, cfg.d_head
+    e = 2 if computes_bf16(cfg, card) else 4  # bytes of a number that a matrix product reads
+    triton = card.on_gpu and cfg.backend in ("auto", "triton")
+    # bytes of a number in attention: the PyTorch path of the sparse arms computes in fp32
+    a = 4 if cfg.sparse and not triton else e
+    n_linear = 3 + cfg.value_gate + cfg.output_gate + 3 * cfg.sparse  # those that read norm1's h
+    kept = {}  # bytes per token
+    # 2. norms: the residual stream x is fp32, also under autocast
+    norm = 4 * C + 4  # x and 1 / rms
+    if not card.on_gpu:
+        norm += 4 * C  # x / rms, since the CPU's rms_norm is made of single operations
+    kept["norms"] = 2 * norm
+    # 3. inputs of the linear layers: autocast makes a 16-bit copy of h for each
+    kept["inputs"] = C * e * (n_linear + 1 if e == 2 else 2)
+    # 4. attention: q, k, v, o, and 4 RoPE tables (T, d/2)
+    kept["attention"] = (2 * H + 2 * G) * d * a + 2 * d * e / B
+    if a != e:
+        kept["attention"] += H * d * e  # o once more, in 16 bits
+    if triton or not cfg.sparse:
+        kept["attention"] += 4 * H  # LSE
+    if cfg.doc_mask and not cfg.sparse:
+        kept["attention"] += T * e  # the mask of PyTorch's attention, (B, 1, T, T)
+    kept["gates"] = 2 * e * d * (G * cfg.value_gate + H * cfg.output_gate)
+    # 5. indexer: gradients of q^I, k^I, w, computed with the loss; σ's output; 4 RoPE tables
+    if cfg.sparse:
+        Hi, di = cfg.n_index_head, cfg.d_index
+        kept["indexer"] = 4 * (Hi * di + di + 2 * Hi) + 2 * di * 4 / B
+        kept["selection"] = 0.0 if triton and not cfg.activation_checkpointing else 12 + 4 * min(
+            cfg.budget().largest, T)  # k_t, Var_t, and the keys' indices
+        if triton:
+            kept["selection"] += union_bytes(cfg, e) / (B * T)
+    # 6. MLP: gate and up, silu(gate), their product
+    kept["MLP"] = 4 * hidden * e
+    return {name: n * B * T for name, n in kept.items()}
+
+
+def union_bytes(cfg, e):
+    """At most so many bytes are in a layer's union list (kernels.union_list)."""
+    T = cfg.block_size
+    TQ = kernels.queries_per_tile(90, cfg.n_head // cfg.n_kv_head, cfg.d_head * e, fp32=e == 4)
+    longest = min(T, TQ * min(cfg.budget().largest, T))
+    return 8 * cfg.batch_size * sum(min(t + TQ, T, longest) for t in range(0, T, TQ))
+
+
+def memory(cfg, model, card, world):
+    """Bytes on each GPU at the fullest moment of a training step, by part."""
+    # 1. sizes
+    groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in param_groups(model)}
+    n = sum(groups.values())
+    in_block = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
+    embed = model.embed.weight.numel()
+    tokens = cfg.batch_size * cfg.block_size
+    bf16 = computes_bf16(cfg, card)
+    e = 2 if bf16 else 4
+    sharded = groups["matrix"] + embed if cfg.fsdp else 0  # see sharding.py
+    held = n - sharded + sharded / world  # parameters on this rank
+    muon = groups["matrix"] * cfg.muon  # one average; AdamW has two
+    if cfg.fsdp:
+        muon /= world
+    # 2. what lasts
+    parts = {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held - 4 * muon}
+    if cfg.fsdp:
+        # the embedding, the block at work and the next one; the gradient of one block
+        parts["gathered"] = 4 * embed + 2 * e * in_block + 4 * in_block
+        if cfg.grad_accum > world:
+            parts["gradients"] += 4 * sharded  # they are reduced at the last micro-batch only
+    copies = 0.0  # autocast's, of the blocks; FSDP gathers them in 16 bits already
+    if bf16:
+        copies = 0.0 if cfg.fsdp else 2.0 * groups["matrix"]
+        # checkpointed blocks keep no copies; autocast holds them to the end of the forward pass
+        lasting = 0.0 if cfg.activation_checkpointing else copies
+        parts["16-bit weights"] = 2 * embed + lasting
+    # 3. activations
+    layer = kept_by_layer(cfg, card, model.blocks[0].mlp.down.in_features)
+    whole = sum(layer.values())
+    recomputed = 0.0  # the layer that the backward pass is at
+    per_layer = whole
+    if cfg.activation_checkpointing:
+        per_layer = 4 * tokens * cfg.n_embd + layer.get("selection", 0.0)  # x and S_t
+        recomputed = whole
+    norm = layer["norms"] / 2
+    parts["activations"] = cfg.n_layer * per_layer + norm + tokens * (cfg.n_embd * e + 16)
+    rows = model.embed.num_embeddings
+    parts["logits"] = tokens * (rows * e + 4 * model.config.vocab_size)  # and log softmax, fp32
+    # 4. working memory: the copies; then, as the backward pass begins, two gradients of the logits
+    # in fp32; later the gradients inside a block, about as large as what it keeps
+    partial = 0.0
+    if card.on_gpu and cfg.sparse:
+        partial = kernels.PARTIAL_BYTES
+    later = recomputed + whole + partial - parts["logits"]
+    if not cfg.activation_checkpointing:
+        copies = 0.0  # counted above
+    parts["working memory"] = max(copies, 8 * tokens * model.config.vocab_size, later)
+    if card.on_gpu:
+        parts["CUDA, NCCL"] = CONTEXT
+    return parts
+
+
+def what_fits(cfg, model, card, world):
+    """The flags that make the plan fit, the mildest first; "" if none does."""
+    batches = [cfg.batch_size]
+    while batches[-1] % 2 == 0:
+        batches.append(batches[-1] // 2)
+    shard = [cfg.fsdp, True] if world > 1 else [cfg.fsdp]
+    for batch, fsdp, again in itertools.product(batches, shard, [False, True]):
+        again = again or cfg.activation_checkpointing
+        other = replace(cfg, batch_size=batch, fsdp=fsdp, activation_checkpointing=again,
+                        grad_accum=cfg.grad_accum * cfg.batch_size // batch)
+        if sum(memory(other, model, card, world).values()) <= card.memory:
+            names = "activation_checkpointing fsdp batch_size grad_accum".split()
+            changed = [name for name in names if getattr(other, name) != getattr(cfg, name)]
+            return " ".join(f"--{name}={getattr(other, name)}" for name in changed)
+    return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Arithmetic and time
+
+def segments(cfg):
+    """The run in stretches of equal steps: (first step, end, tokens of a window, in warm-up?)."""
+    warmup = cfg.index_warmup_iters if cfg.sparse else 0
+    ends = {0, cfg.max_iters, min(warmup, cfg.max_iters), min(cfg.short_iters, cfg.max_iters)}
+    for first, end in itertools.pairwise(sorted(ends)):
+        length = cfg.short_block if first < cfg.short_iters else cfg.block_size
+        yield first, end, length, first < warmup
+
+
+def run_flops(cfg, model):
+    """FLOPs of the whole run, recomputation not counted (measure.flops_per_token)."""
+    tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum  # per step
+    return sum((end - first) * tokens * flops_per_token(model, length, warmup=warmup)
+               for first, end, length, warmup in segments(cfg))
+
+
+def hours(cfg, flops, gpu, world):
+    """Hours of the run on `world` GPUs of this name at cfg.assumed_mfu."""
+    peak = next(peak for name, peak in PEAK_FLOPS.items() if name in gpu)
+    if cfg.activation_checkpointing:
+        flops = flops * 4 / 3  # the forward pass, a third of the arithmetic, twice
+    return flops / (peak * cfg.assumed_mfu * world) / 3600
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+
+def check_plan(cfg, data, world):
+    """Refuse what cannot run on any card. data: Data or None. Raises UserError."""
+    if cfg.grad_accum % world:
+        raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is "
+                        f"not a multiple of the {world} ranks: "
+                        f"--grad_accum={-(-cfg.grad_accum // world) * world}")
+    if cfg.fsdp and world == 1:
+        raise UserError("fsdp divides the model among ranks, and this is one: --gpus=8, or "
+                        "start it by torchrun")
+    for split in ("train", "val") if data else ():
+        available = data.meta[split]["tokens"]
+        if cfg.block_size >= available:
+            raise UserError(f"block_size {cfg.block_size} needs {cfg.block_size + 1:,} tokens, "
+                            f"{available:,} are in the {split} data of {cfg.data}: "
+                            f"--block_size={max(1, available - 1)} or shorter")
+
+
+def dry_run(cfg):
+    """Print the plan of a run (train.TrainConfig). Raises UserError where it is impossible."""
+    # 1. what there is
+    card = pick_card(cfg)
+    world = environment("WORLD_SIZE", 1)
+    if world == 1:
+        world = cfg.gpus
+    data = Data(cfg.data) if read_meta(cfg.data) else None
+    check_plan(cfg, data, world)
+    vocab_size = cfg.vocab_size
+    if not vocab_size:
+        vocab_size = data.vocab_size if data else GSAConfig.vocab_size
+    model = bare_model(cfg, vocab_size)
+    if card.on_gpu and cfg.sparse and cfg.backend in ("auto", "triton"):
+        q = torch.empty(1, cfg.block_size, cfg.n_head, cfg.d_head, device="meta")
+        try:
+            checks.check_triton("q", q, cfg.block_size, cfg.n_kv_head)
+        except ValueError as e:
+            raise UserError(f"{e}; --backend=torch takes any shape") from None
+    # 2. parameters
+    kinds = dict.fromkeys(KINDS.values(), 0)
+    for name, p in model.named_parameters():
+        kinds[next(kind for part, kind in KINDS.items() if part in name)] += p.numel()
+    n = sum(kinds.values())
+    line("parameters", millions(n), kinds)
+    groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in param_groups(model)}
+    line("optimizer", "AdamW; Muon for matrix" if cfg.muon else "AdamW", groups)
+    # 3. schedule
+    total = cfg.batch_size * cfg.block_size * cfg.grad_accum * cfg.max_iters
+    line("tokens", f"{total:,}, {total / n:.3g} per parameter, "
+                   f"{cfg.max_iters} steps of {total // cfg.max_iters:,}")
+    if data:
+        line("data", f"{cfg.data}: {data.meta['train']['tokens']:,} tokens, "
+                     f"{total / data.meta['train']['tokens']:.3g} epochs")
+    else:
+        line("data", f"{cfg.data} is not there: a vocabulary of {vocab_size} is assumed")
+    for first, end, length, warmup in segments(cfg):
+        phase = "index warm-up, dense attention" if warmup else "sparse attention"
+        if not cfg.sparse:
+            phase = "dense attention"
+        line(f"steps {first}-{end}", f"{phase}, windows of {length} tokens")
+    line("learning rate", f"rises for {min(cfg.warmup_iters, cfg.max_iters)} steps to "
+                          f"{cfg.learning_rate:g}, then falls to {cfg.min_lr:g}")
+    # 4. arithmetic
+    flops = run_flops(cfg, model)
+    line("arithmetic", f"{flops:.3g} FLOPs")
+    times = {gpu: duration(3600 * hours(cfg, flops, gpu, world)) for gpu in GPU_MEMORY}
+    line("time", f"on {world} GPUs at an assumed {cfg.assumed_mfu:.0%} of their peak: "
+                 + ", ".join(f"{gpu} {time}" for gpu, time in times.items()))
+    # 5. memory
+    line("memory", f"GB on each of {world} × {card.name}{card.note}, "
+                   f"{'FSDP2' if cfg.fsdp else 'every rank holds the model'}")
+    parts = memory(cfg, model, card, world)
+    for name, size in parts.items():
+        line(f"  {name}", f"{size / GB:8.2f}")
+    needed = sum(parts.values())
+    other = replace(cfg, activation_checkpointing=not cfg.activation_checkpointing)
+    how = "without" if cfg.activation_checkpointing else "with"
+    needed_other = sum(memory(other, model, card, world).values())
+    line("  in all", f"{needed / GB:8.2f}  ({needed_other / GB:.2f} {how} activation_checkpointing)")
+    layer = kept_by_layer(replace(cfg, activation_checkpointing=False), card,
+                          model.blocks[0].mlp.down.in_features)
+    line("  one layer", f"{sum(layer.values()) / GB:8.2f}  for the backward pass: "
+                        + ", ".join(f"{name} {size / GB:.3f}" for name, size in layer.items()))
+    if cfg.compile:
+        line("  torch.compile", "fuses operations and keeps less; by how much is not known here")
+    if card.memory and needed > card.memory:
+        flags = what_fits(cfg, model, card, world)
+        remedy = f"{flags} would fit" if flags else "take a smaller model or more GPUs with fsdp"
+        raise UserError(f"the plan needs {needed / GB:.1f} GB on each GPU, {card.name} has "
+                        f"{card.memory / GB:.1f}: {(needed - card.memory) / GB:.1f} GB too much; "
+                        f"{remedy}")
+
+
+def line(name, text, counts=None):
+    """One line of the report; counts: {name: number of parameters}."""
+    if counts:
+        text += ": " + ", ".join(f"{kind} {millions(n)}" for kind, n in counts.items() if n)
+    say(f"{name:18} {text}")
+
+
+def millions(n):
+    return f"{n / 1e6:.2f}M"

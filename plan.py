@@ -35,9 +35,11 @@ KINDS = {  # part of a parameter's name -> what the report calls it; the first t
 
 class Card(NamedTuple):
     name: str
-    memory: float | None  # bytes; None = not limited here (a CPU)
-    on_gpu: bool
-    note: str = ""
+    memory: float | None  # bytes; None = a CPU
+
+    @property
+    def on_gpu(self):
+        return self.memory is not None
 
 
 def pick_card(cfg):
@@ -47,19 +49,24 @@ def pick_card(cfg):
             near = difflib.get_close_matches(cfg.gpu, GPU_MEMORY, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"gpu {cfg.gpu!r} is not one of {', '.join(GPU_MEMORY)}{hint}")
-        return Card(cfg.gpu, GPU_MEMORY[cfg.gpu] * GB, True)
+        return Card(cfg.gpu, GPU_MEMORY[cfg.gpu] * GB)
     if cfg.device.startswith("cpu"):
-        return Card("CPU", None, False)
+        return Card("CPU", None)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Card(properties.name, properties.total_memory, True)
-    return Card("H100", GPU_MEMORY["H100"] * GB, True, " (assumed, no GPU is here: --gpu=NAME)")
+        return Card(properties.name, properties.total_memory)
+    return Card("H100 (assumed: no GPU here, no --gpu)", GPU_MEMORY["H100"] * GB)
 
 
 def bare_model(cfg, vocab_size):
     """The model without memory for its weights, on the "meta" device."""
     with torch.device("meta"):
         return GSA(cfg.model_config(vocab_size))
+
+
+def group_sizes(model):
+    """{optimizer group: number of parameters}"""
+    return {g["name"]: sum(p.numel() for p in g["params"]) for g in param_groups(model)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -103,9 +110,10 @@ def kept_by_layer(cfg, card, hidden):
     if cfg.sparse:
         Hi, di = cfg.n_index_head, cfg.d_index
         kept["indexer"] = 4 * (Hi * di + di + 2 * Hi) + 2 * di * 4 / B
-        kept["selection"] = 0.0 if triton and not cfg.activation_checkpointing else 12 + 4 * min(
-            cfg.budget().largest, T)  # k_t, Var_t, and the keys' indices
+        kept["selection"] = 12 + 4 * min(cfg.budget().largest, T)  # k_t, Var_t, indices
         if triton:
+            if not cfg.activation_checkpointing:
+                kept["selection"] = 0.0  # kernels.py keeps the union list only
             kept["selection"] += union_bytes(cfg, e) / (B * T)
     # 6. MLP: gate and up, silu(gate), their product
     kept["MLP"] = 4 * hidden * e
@@ -123,52 +131,47 @@ def union_bytes(cfg, e):
 def memory(cfg, model, card, world):
     """Bytes on each GPU at the fullest moment of a training step, by part."""
     # 1. sizes
-    groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in param_groups(model)}
+    groups = group_sizes(model)
     n = sum(groups.values())
     in_block = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
     embed = model.embed.weight.numel()
     tokens = cfg.batch_size * cfg.block_size
-    bf16 = computes_bf16(cfg, card)
-    e = 2 if bf16 else 4
+    e = 2 if computes_bf16(cfg, card) else 4
+    again = cfg.activation_checkpointing
     sharded = groups["matrix"] + embed if cfg.fsdp else 0  # see sharding.py
     held = n - sharded + sharded / world  # parameters on this rank
-    muon = groups["matrix"] * cfg.muon  # one average; AdamW has two
-    if cfg.fsdp:
-        muon /= world
     # 2. what lasts
-    parts = {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held - 4 * muon}
+    parts = {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
+    if cfg.muon:  # it keeps one average of the gradients, AdamW two
+        parts["optimizer"] -= 4 * groups["matrix"] / (world if cfg.fsdp else 1)
     if cfg.fsdp:
         # the embedding, the block at work and the next one; the gradient of one block
         parts["gathered"] = 4 * embed + 2 * e * in_block + 4 * in_block
         if cfg.grad_accum > world:
             parts["gradients"] += 4 * sharded  # they are reduced at the last micro-batch only
-    copies = 0.0  # autocast's, of the blocks; FSDP gathers them in 16 bits already
-    if bf16:
-        copies = 0.0 if cfg.fsdp else 2.0 * groups["matrix"]
-        # checkpointed blocks keep no copies; autocast holds them to the end of the forward pass
-        lasting = 0.0 if cfg.activation_checkpointing else copies
-        parts["16-bit weights"] = 2 * embed + lasting
+    copies = 0  # autocast's 16-bit copies of the blocks' matrices
+    if e == 2:
+        parts["16-bit weights"] = 2 * embed
+        copies = 0 if cfg.fsdp else 2 * groups["matrix"]  # FSDP gathers them in 16 bits already
+        if not again:  # checkpointed blocks do not keep them for the backward pass
+            parts["16-bit weights"] += copies
     # 3. activations
     layer = kept_by_layer(cfg, card, model.blocks[0].mlp.down.in_features)
     whole = sum(layer.values())
-    recomputed = 0.0  # the layer that the backward pass is at
-    per_layer = whole
-    if cfg.activation_checkpointing:
-        per_layer = 4 * tokens * cfg.n_embd + layer.get("selection", 0.0)  # x and S_t
-        recomputed = whole
-    norm = layer["norms"] / 2
-    parts["activations"] = cfg.n_layer * per_layer + norm + tokens * (cfg.n_embd * e + 16)
+    kept = whole
+    if again:
+        kept = 4 * tokens * cfg.n_embd + layer.get("selection", 0)  # x and S_t
+    last = layer["norms"] / 2 + tokens * (cfg.n_embd * e + 16)  # norm, head's input, idx, targets
+    parts["activations"] = cfg.n_layer * kept + last
     rows = model.embed.num_embeddings
     parts["logits"] = tokens * (rows * e + 4 * model.config.vocab_size)  # and log softmax, fp32
-    # 4. working memory: the copies; then, as the backward pass begins, two gradients of the logits
-    # in fp32; later the gradients inside a block, about as large as what it keeps
-    partial = 0.0
+    # 4. working memory, the largest of: the copies, held by autocast until the loss is there; two
+    # gradients of the logits in fp32; later, when the logits' memory is free again, the gradients
+    # inside a block, about as large as what it keeps, and its activations if they come anew
+    later = whole * (1 + again) - parts["logits"]
     if card.on_gpu and cfg.sparse:
-        partial = kernels.PARTIAL_BYTES
-    later = recomputed + whole + partial - parts["logits"]
-    if not cfg.activation_checkpointing:
-        copies = 0.0  # counted above
-    parts["working memory"] = max(copies, 8 * tokens * model.config.vocab_size, later)
+        later += kernels.PARTIAL_BYTES
+    parts["working memory"] = max(copies * again, 8 * tokens * model.config.vocab_size, later)
     if card.on_gpu:
         parts["CUDA, NCCL"] = CONTEXT
     return parts
@@ -180,14 +183,15 @@ def what_fits(cfg, model, card, world):
     while batches[-1] % 2 == 0:
         batches.append(batches[-1] // 2)
     shard = [cfg.fsdp, True] if world > 1 else [cfg.fsdp]
-    for batch, fsdp, again in itertools.product(batches, shard, [False, True]):
-        again = again or cfg.activation_checkpointing
+    recompute = [cfg.activation_checkpointing, True]
+    for batch, fsdp, again in itertools.product(batches, shard, recompute):
         other = replace(cfg, batch_size=batch, fsdp=fsdp, activation_checkpointing=again,
                         grad_accum=cfg.grad_accum * cfg.batch_size // batch)
         if sum(memory(other, model, card, world).values()) <= card.memory:
             names = "activation_checkpointing fsdp batch_size grad_accum".split()
             changed = [name for name in names if getattr(other, name) != getattr(cfg, name)]
-            return " ".join(f"--{name}={getattr(other, name)}" for name in changed)
+            flags = [f"--{name}={getattr(other, name)}" for name in changed]
+            return " ".join(flags).replace("=True", "")
     return ""
 
 
@@ -221,8 +225,8 @@ def hours(cfg, flops, gpu, world):
 # --------------------------------------------------------------------------------------------------
 # The report
 
-def check_plan(cfg, data, world):
-    """Refuse what cannot run on any card. data: Data or None. Raises UserError."""
+def check_plan(cfg, card, data, world):
+    """Refuse what cannot run, whatever the memory. data: Data or None. Raises UserError."""
     if cfg.grad_accum % world:
         raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is "
                         f"not a multiple of the {world} ranks: "
@@ -234,8 +238,14 @@ def check_plan(cfg, data, world):
         available = data.meta[split]["tokens"]
         if cfg.block_size >= available:
             raise UserError(f"block_size {cfg.block_size} needs {cfg.block_size + 1:,} tokens, "
-                            f"{available:,} are in the {split} data of {cfg.data}: "
-                            f"--block_size={max(1, available - 1)} or shorter")
+                            f"and the {split} data of {cfg.data} has {available:,}: "
+                            f"--block_size={max(1, available - 1)} or shorter, or prepare more")
+    if card.on_gpu and cfg.sparse and cfg.backend in ("auto", "triton"):
+        q = torch.empty(1, cfg.block_size, cfg.n_head, cfg.d_head, device="meta")
+        try:
+            checks.check_triton("the plan's q", q, cfg.block_size, cfg.n_kv_head)
+        except ValueError as e:
+            raise UserError(f"{e}; --backend=torch takes any shape") from None
 
 
 def dry_run(cfg):
@@ -246,78 +256,71 @@ def dry_run(cfg):
     if world == 1:
         world = cfg.gpus
     data = Data(cfg.data) if read_meta(cfg.data) else None
-    check_plan(cfg, data, world)
-    vocab_size = cfg.vocab_size
-    if not vocab_size:
-        vocab_size = data.vocab_size if data else GSAConfig.vocab_size
+    check_plan(cfg, card, data, world)
+    vocab_size = cfg.vocab_size or GSAConfig.vocab_size
+    if data:
+        vocab_size = data.vocab_size
     model = bare_model(cfg, vocab_size)
-    if card.on_gpu and cfg.sparse and cfg.backend in ("auto", "triton"):
-        q = torch.empty(1, cfg.block_size, cfg.n_head, cfg.d_head, device="meta")
-        try:
-            checks.check_triton("q", q, cfg.block_size, cfg.n_kv_head)
-        except ValueError as e:
-            raise UserError(f"{e}; --backend=torch takes any shape") from None
-    # 2. parameters
-    kinds = dict.fromkeys(KINDS.values(), 0)
+    # 2. parameters, by kind and by optimizer group
+    kinds = dict.fromkeys(["all", *KINDS.values()], 0)
     for name, p in model.named_parameters():
         kinds[next(kind for part, kind in KINDS.items() if part in name)] += p.numel()
-    n = sum(kinds.values())
-    line("parameters", millions(n), kinds)
-    groups = {g["name"]: sum(p.numel() for p in g["params"]) for g in param_groups(model)}
-    line("optimizer", "AdamW; Muon for matrix" if cfg.muon else "AdamW", groups)
+    kinds["all"] = sum(kinds.values())
+    line("parameters", millions(kinds))
+    optimizer = "AdamW, Muon for matrix" if cfg.muon else "AdamW"
+    line("optimizer", f"{optimizer}: {millions(group_sizes(model))}")
     # 3. schedule
-    total = cfg.batch_size * cfg.block_size * cfg.grad_accum * cfg.max_iters
-    line("tokens", f"{total:,}, {total / n:.3g} per parameter, "
-                   f"{cfg.max_iters} steps of {total // cfg.max_iters:,}")
+    per_step = cfg.batch_size * cfg.block_size * cfg.grad_accum
+    total = per_step * cfg.max_iters
+    line("tokens", f"{total:,} in {cfg.max_iters} steps of {per_step:,}; "
+                   f"{total / kinds['all']:.3g} per parameter")
     if data:
-        line("data", f"{cfg.data}: {data.meta['train']['tokens']:,} tokens, "
-                     f"{total / data.meta['train']['tokens']:.3g} epochs")
+        available = data.meta["train"]["tokens"]
+        line("data", f"{cfg.data}: {available:,} tokens, {total / available:.3g} epochs")
     else:
         line("data", f"{cfg.data} is not there: a vocabulary of {vocab_size} is assumed")
     for first, end, length, warmup in segments(cfg):
-        phase = "index warm-up, dense attention" if warmup else "sparse attention"
-        if not cfg.sparse:
-            phase = "dense attention"
+        kind = "sparse" if cfg.sparse else "dense"
+        phase = "index warm-up, dense attention" if warmup else f"{kind} attention"
         line(f"steps {first}-{end}", f"{phase}, windows of {length} tokens")
     line("learning rate", f"rises for {min(cfg.warmup_iters, cfg.max_iters)} steps to "
                           f"{cfg.learning_rate:g}, then falls to {cfg.min_lr:g}")
     # 4. arithmetic
     flops = run_flops(cfg, model)
-    line("arithmetic", f"{flops:.3g} FLOPs")
-    times = {gpu: duration(3600 * hours(cfg, flops, gpu, world)) for gpu in GPU_MEMORY}
-    line("time", f"on {world} GPUs at an assumed {cfg.assumed_mfu:.0%} of their peak: "
-                 + ", ".join(f"{gpu} {time}" for gpu, time in times.items()))
+    times = [f"{gpu} {duration(3600 * hours(cfg, flops, gpu, world))}" for gpu in GPU_MEMORY]
+    line("arithmetic", f"{flops:.3g} FLOPs; on {world} GPUs at an assumed {cfg.assumed_mfu:.0%} "
+                       f"of their peak: {', '.join(times)}")
     # 5. memory
-    line("memory", f"GB on each of {world} × {card.name}{card.note}, "
-                   f"{'FSDP2' if cfg.fsdp else 'every rank holds the model'}")
+    report_memory(cfg, model, card, world)
+
+
+def report_memory(cfg, model, card, world):
+    """Print the memory by part. Raises UserError where the card has less."""
     parts = memory(cfg, model, card, world)
+    needed = sum(parts.values())
+    line("memory", f"GB on each of {world} × {card.name}")
     for name, size in parts.items():
         line(f"  {name}", f"{size / GB:8.2f}")
-    needed = sum(parts.values())
-    other = replace(cfg, activation_checkpointing=not cfg.activation_checkpointing)
-    how = "without" if cfg.activation_checkpointing else "with"
-    needed_other = sum(memory(other, model, card, world).values())
-    line("  in all", f"{needed / GB:8.2f}  ({needed_other / GB:.2f} {how} activation_checkpointing)")
+    for again in (False, True):
+        other = memory(replace(cfg, activation_checkpointing=again), model, card, world)
+        how = "with" if again else "without"
+        line("  in all", f"{sum(other.values()) / GB:8.2f}  {how} activation_checkpointing")
     layer = kept_by_layer(replace(cfg, activation_checkpointing=False), card,
                           model.blocks[0].mlp.down.in_features)
-    line("  one layer", f"{sum(layer.values()) / GB:8.2f}  for the backward pass: "
-                        + ", ".join(f"{name} {size / GB:.3f}" for name, size in layer.items()))
+    each = ", ".join(f"{name} {size / GB:.3f}" for name, size in layer.items())
+    line("  one layer", f"{sum(layer.values()) / GB:8.2f}  for its backward pass: {each}")
     if cfg.compile:
-        line("  torch.compile", "fuses operations and keeps less; by how much is not known here")
+        line("  torch.compile", "fuses operations and keeps less; how much less is not known here")
     if card.memory and needed > card.memory:
-        flags = what_fits(cfg, model, card, world)
-        remedy = f"{flags} would fit" if flags else "take a smaller model or more GPUs with fsdp"
+        flags = what_fits(cfg, model, card, world) or "a smaller model, or more GPUs with fsdp,"
         raise UserError(f"the plan needs {needed / GB:.1f} GB on each GPU, {card.name} has "
                         f"{card.memory / GB:.1f}: {(needed - card.memory) / GB:.1f} GB too much; "
-                        f"{remedy}")
+                        f"{flags} would fit")
 
 
-def line(name, text, counts=None):
-    """One line of the report; counts: {name: number of parameters}."""
-    if counts:
-        text += ": " + ", ".join(f"{kind} {millions(n)}" for kind, n in counts.items() if n)
+def line(name, text):
     say(f"{name:18} {text}")
 
 
-def millions(n):
-    return f"{n / 1e6:.2f}M"
+def millions(numbers):
+    return ", ".join(f"{name} {n / 1e6:.2f}M" for name, n in numbers.items() if n)

@@ -16,9 +16,12 @@ A part is a DTensor: the local rows and the knowledge of where the others are.
     sharding.average_whole_gradients(model)       # after the last one
     norm = sharding.clip(params, 1.0)
     sharding.save_shards(folder, {"model.embed.weight": p})
+    sharding.Shards(folder)["model.embed.weight"]   # whole again, on any number of ranks
 """
+import contextlib
 import os
 import warnings
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -66,10 +69,6 @@ def shard(model, device, bf16):
     fully_shard(model, **how)
 
 
-def is_sharded(model):
-    return any(isinstance(p, DTensor) for p in model.parameters())
-
-
 def synchronize(model, last):
     """
     Say before a micro-batch whether its backward pass adds up the gradients over the ranks: only
@@ -101,7 +100,7 @@ def whole(x):
 
 def divided_like(x, other):
     """The inverse of whole: x, the same on all ranks, divided as `other` is."""
-    if not isinstance(other, DTensor):
+    if isinstance(x, DTensor) or not isinstance(other, DTensor):
         return x
     x = DTensor.from_local(x, other.device_mesh, [Replicate()], run_check=False)
     return x.redistribute(placements=other.placements)  # each rank cuts its part out
@@ -113,11 +112,13 @@ def clip(params, limit):
     that the norm of all of them together is at most `limit`. Returns the norm before, a scalar.
     """
     params = [p for p in params if p.grad is not None]
+    if not params:
+        return torch.zeros(())
     parts = [[p for p in params if isinstance(p, DTensor)],
              [p for p in params if not isinstance(p, DTensor)]]
     parts = [part for part in parts if part]
     norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in part])) for part in parts]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     for part in parts:
         torch.nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm
@@ -139,37 +140,53 @@ def storage():
     return dcp, hf_storage.HuggingFaceStorageReader, hf_storage.HuggingFaceStorageWriter
 
 
-def alone():
-    return not (dist.is_available() and dist.is_initialized())
-
-
 def save_shards(folder, tensors):
     """
     Write {name: DTensor or tensor} to folder/shard-*.safetensors, one file per rank. Of a plain
     tensor, the same on all ranks, one rank writes its copy. All ranks must call it.
-    Waits until the disk has the files.
+    Raises OSError on all ranks where one cannot write.
     """
-    dcp, _, Writer = storage()
+    dcp, _, writer = storage()
     os.makedirs(folder, exist_ok=True)
-    writer = Writer(folder, save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=alone())
-
-
-def load_shards(folder, tensors):
-    """Fill {name: DTensor or tensor} in place from the shards. All ranks must call it."""
-    dcp, Reader, _ = storage()
     try:
-        dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=alone())
-    except Exception as e:
-        reason = str(e).strip().split("\n")[-1] or type(e).__name__
-        raise UserError(f"{folder} holds no readable shards for this run: {reason}") from None
+        dcp.save(dict(tensors), storage_writer=writer(folder, save_distributed=True))
+    except dcp.api.CheckpointException as e:
+        raise OSError(f"{folder} cannot be written: {last_line(e)}") from None
 
 
-def read_shards(folder):
-    """{name: whole tensor} of all shards in the folder, in CPU memory. Needs no ranks."""
-    _, Reader, _ = storage()
-    entries = Reader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
-               for name, entry in entries.items()}
-    load_shards(folder, tensors)
-    return tensors
+class Shards(Mapping):
+    """
+    {name: whole tensor} of a folder that save_shards wrote. A tensor is put together, in CPU
+    memory, when it is asked for. Needs no ranks. Raises UserError.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.dcp, self.reader, _ = storage()
+        with self.readable():
+            self.entries = self.reader(folder).read_metadata().state_dict_metadata
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __getitem__(self, name):
+        entry = self.entries[name]
+        x = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with self.readable():
+            self.dcp.load({name: x}, storage_reader=self.reader(self.folder), no_dist=True)
+        return x
+
+    @contextlib.contextmanager
+    def readable(self):
+        try:
+            yield
+        except (Exception, self.dcp.api.CheckpointException) as e:  # a damaged file raises any type
+            raise UserError(f"{self.folder} holds no readable shards: {last_line(e)}") from None
+
+
+def last_line(error):
+    """What torch.distributed.checkpoint says last is what went wrong."""
+    return str(error).strip().split("\n")[-1].strip() or type(error).__name__

@@ -33,6 +33,7 @@ from data import Batches, Data, differences
 from measure import flops_per_token, peak_flops
 from model import GSA, GSAConfig
 from optim import load_optimizers, make_optimizers
+from plan import dry_run
 
 
 @dataclass
@@ -85,6 +86,15 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     compile: bool = False
     seed: int = 1337
 
+    # scale
+    # the backward pass computes each block again: less memory, a third more time
+    activation_checkpointing: bool = False
+    fsdp: bool = False  # divide the model among the ranks (FSDP2), where one GPU cannot hold it
+    dry_run: bool = False  # print parameters, memory, FLOPs, hours and schedule; do not train
+    gpus: int = 1  # of a dry run without torchrun: ranks to plan for
+    gpu: str = ""  # of a dry run: H100, H200, B200, …; default: the local GPU, else H100
+    assumed_mfu: float = 0.4  # of a dry run: share of the GPU's peak FLOP/s that training reaches
+
     def __post_init__(self):
         self.model_config(self.vocab_size or 256)
         checks.resolve_backend(self.backend)
@@ -93,7 +103,8 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
             raise UserError(f"init_from {self.init_from!r} is not one of scratch, resume")
         check_ranges(self, {
             (1, None): "batch_size grad_accum max_iters log_interval eval_interval eval_iters "
-                       "short_block",
+                       "short_block gpus",
+            (0.001, 1): "assumed_mfu",
             (0, None): "vocab_size learning_rate min_lr warmup_iters short_iters weight_decay "
                        "grad_clip index_warmup_iters index_lr_mult index_grad_clip "
                        "index_loss_weight",
@@ -115,7 +126,8 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 MAY_CHANGE = set(
     "out_dir init_from overwrite data max_iters learning_rate min_lr warmup_iters weight_decay "
     "beta1 beta2 grad_clip index_warmup_iters index_lr_mult index_grad_clip index_loss_weight "
-    "log_interval eval_interval eval_iters device backend dtype compile".split())
+    "log_interval eval_interval eval_iters device backend dtype compile activation_checkpointing "
+    "fsdp dry_run gpus gpu assumed_mfu".split())
 
 
 def settings(argv, checkpoint=None):
@@ -518,6 +530,8 @@ def train(cfg, checkpoint=None, new_data=False):
 
 def main(argv):
     given = parse(TrainConfig, argv)
+    if given.get("dry_run"):
+        return dry_run(settings(argv))
     checkpoint = None
     if given.get("init_from") == "resume":
         checkpoint = load_checkpoint(given.get("out_dir", TrainConfig.out_dir))

@@ -19,6 +19,7 @@ A part is a DTensor: the local rows and the knowledge of where the others are.
     sharding.Shards(folder)["model.embed.weight"]   # whole again, on any number of ranks
 """
 import contextlib
+import glob
 import os
 import warnings
 from collections.abc import Mapping
@@ -50,12 +51,13 @@ def whole_parameters(model):
     return [p for name, p in model.named_parameters() if p.dim() < 2 or ".indexer." in name]
 
 
-def shard(model, device, bf16):
+def shard(model, device, bf16, compiled=False):
     """
     Divide a GSA among all ranks, in place. Its matrices become DTensors, so make the optimizers
     afterwards. All ranks must hold the same weights. A model in CPU memory is moved block by block
     to the rank's `device`.
     bf16: gather the blocks' matrices in bfloat16, in which autocast would use them anyway.
+    compiled: by torch.compile, block by block, since FSDP2 works between the blocks.
     """
     kind = device.split(":")[0]
     how = dict(mesh=init_device_mesh(kind, (dist.get_world_size(),)),
@@ -65,6 +67,8 @@ def shard(model, device, bf16):
         # The block's input, the residual stream, stays fp32 as without FSDP
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward)
         fully_shard(block, mp_policy=policy, **how)
     fully_shard(model, **how)
 
@@ -154,17 +158,25 @@ def save_shards(folder, tensors):
         raise OSError(f"{folder} cannot be written: {last_line(e)}") from None
 
 
+def shard_files(folder):
+    return glob.glob(os.path.join(glob.escape(folder), "shard-*.safetensors"))
+
+
 class Shards(Mapping):
     """
     {name: whole tensor} of a folder that save_shards wrote. A tensor is put together, in CPU
     memory, when it is asked for. Needs no ranks. Raises UserError.
+    prefix: of the names in the files, those that begin so, without it.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, prefix=""):
         self.folder = folder
+        self.prefix = prefix
         self.dcp, self.reader, _ = storage()
         with self.readable():
-            self.entries = self.reader(folder).read_metadata().state_dict_metadata
+            entries = self.reader(folder).read_metadata().state_dict_metadata
+        self.entries = {name.removeprefix(prefix): entry for name, entry in entries.items()
+                        if name.startswith(prefix)}
 
     def __len__(self):
         return len(self.entries)
@@ -176,7 +188,8 @@ class Shards(Mapping):
         entry = self.entries[name]
         x = torch.empty(entry.size, dtype=entry.properties.dtype)
         with self.readable():
-            self.dcp.load({name: x}, storage_reader=self.reader(self.folder), no_dist=True)
+            self.dcp.load({self.prefix + name: x}, no_dist=True,
+                          storage_reader=self.reader(self.folder))
         return x
 
     @contextlib.contextmanager

@@ -133,7 +133,7 @@ def planned_bytes(cfg, card, parts=("16-bit weights", "activations", "logits")):
 
 def test_the_planned_activations_are_what_autograd_keeps():
     rng = random.Random(0)
-    for _ in range(20):
+    for _ in range(12):
         cfg = random_plan(rng)
         assert planned_bytes(cfg, plan.Card("CPU", None)) == pytest.approx(
             kept_bytes(cfg, "torch"), rel=0.02), cfg
@@ -164,14 +164,14 @@ def test_activation_checkpointing_keeps_a_quarter_of_the_activations():
 
 
 def dry_run(capsys, *args):
-    """The lines of a dry run, {what stands before two spaces: line}, and its refusal or ""."""
+    """The lines of a dry run by their first 18 columns, {name: rest}, and its refusal or ""."""
     refusal = ""
     try:
         train.main(["--dry_run", *args])
     except UserError as e:
         refusal = str(e)
     lines = capsys.readouterr().out.splitlines()
-    return {re.split("  +", line.strip())[0]: line for line in lines}, refusal
+    return {line[:18].rstrip(): line[19:] for line in lines}, refusal
 
 
 def test_a_dry_run_needs_neither_data_nor_gpu_and_counts_every_parameter(capsys):
@@ -189,11 +189,11 @@ def test_a_dry_run_needs_neither_data_nor_gpu_and_counts_every_parameter(capsys)
     assert "windows of 128 tokens" in lines["steps 0-1000"]
     assert "warm-up" in lines["steps 1000-1200"]
     assert "sparse" in lines["steps 1200-3200"]
-    parts = [float(line.split()[-1]) for name, line in lines.items() if re.fullmatch(
-        rf"  {name} +[\d.]+", line)]
+    parts = [float(size) for name, size in lines.items()
+             if name[:2] == "  " and name not in ("  in all", "  one layer")]
     assert len(parts) == 8
-    in_all = float(re.search(r"\d+\.\d\d", lines["in all"])[0])  # with activation checkpointing
-    assert in_all <= sum(parts) + 0.1
+    least = float(lines["  in all"].split()[0])  # with activation checkpointing
+    assert 1.5 < least <= sum(parts) + 0.05
 
 
 def test_the_flops_of_a_plan_are_those_of_its_steps():

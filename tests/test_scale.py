@@ -1,7 +1,15 @@
 """Activation checkpointing, plan.py, sharding.py, and runs on several ranks."""
+import json
+import os
 import random
 import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +18,13 @@ import attention
 import plan
 import prepare
 import train
+from checkpoint import load_checkpoint, load_model
 from configurator import UserError, parse
+from conftest import ROOT
 from data import Data
 from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
+from sharding import clip, shard_files
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +254,167 @@ def test_a_window_longer_than_the_data_is_refused_in_a_dry_run(data, capsys):
     assert not dry_run(capsys, f"--data={data}", f"--block_size={few - 1}")[1]
     assert f"--block_size={few - 1} or" in dry_run(capsys, f"--data={data}",
                                                    f"--block_size={few}")[1]
+
+
+# ---- runs on several ranks
+
+TINY = dict(
+    n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64, n_index_head=2, d_index=8,
+    k_base=12, k_min=4, k_max=16, batch_size=2, grad_accum=6, max_iters=6, index_warmup_iters=3,
+    warmup_iters=2, learning_rate=3e-3, min_lr=3e-3, eval_iters=2, log_interval=1, eval_interval=4,
+    device="cpu")
+
+
+def config(data, out_dir, **settings):
+    return train.TrainConfig.arm("gsa", **TINY | dict(data=data, out_dir=str(out_dir)) | settings)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def resume(out_dir, *flags):
+    train.main(["--init_from=resume", f"--out_dir={out_dir}", *flags])
+
+
+def rank_of_three(rank, ports, data, folder):
+    """What each rank does. Fewer take part from run to run, so that none has to wait for long."""
+    torch.set_num_threads(1)
+    runs = [
+        (3, lambda: train.train(config(data, folder / "fsdp", fsdp=True, muon=True,
+                                       activation_checkpointing=True))),
+        (2, lambda: resume(folder / "fsdp", "--max_iters=8")),
+        (2, lambda: train.train(config(data, folder / "ddp")))]
+    for port, (world, run) in zip(ports, runs, strict=True):
+        if rank < world:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
+                              LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            run()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """A folder of runs: one, one_muon (one rank), ddp (two), fsdp (three, then two)."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        args = [free_port() for _ in range(3)], data, folder
+        ranks = torch.multiprocessing.spawn(rank_of_three, args, 3, join=False, daemon=True)
+        train.train(config(data, folder / "one"))
+        train.train(config(data, folder / "one_muon", muon=True, max_iters=8))
+        deadline = time.monotonic() + 180
+        while not ranks.join(timeout=5):
+            assert time.monotonic() < deadline, "the ranks hang"
+    return folder
+
+
+def losses(folder, kind="train"):
+    """{step: [loss, index loss]}"""
+    with open(folder / "log.jsonl") as f:
+        records = [json.loads(line) for line in f]
+    return {r["step"]: [r["loss"], r["index_loss"]] for r in records if r["kind"] == kind}
+
+
+def assert_same_losses(a, b, steps, kind="train"):
+    a, b = losses(a, kind), losses(b, kind)
+    for step in steps:
+        assert a[step] == pytest.approx(b[step], abs=1e-5), f"step {step}"
+
+
+def assert_same_run(a, b, steps):
+    """The same losses; V̄, weights and averages of the gradients at the end."""
+    assert_same_losses(a, b, range(1, steps + 1))
+    assert_same_losses(a, b, (4, steps), "eval")
+    one, other = load_checkpoint(str(a)), load_checkpoint(str(b))
+    for part in ("model", "optimizer"):
+        assert set(one[part]) == set(other[part])
+        for name, x in one[part].items():
+            torch.testing.assert_close(other[part][name], x, rtol=1e-3, atol=1e-4, msg=name)
+    averages = [x for name, x in one["model"].items() if "var_avg" in name]
+    assert len(averages) == 2 and all(x > 0 for x in averages)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_run_of_two_ranks_is_that_of_one_with_twice_the_micro_batches(runs):
+    """Over the switch to sparse attention."""
+    assert_same_run(runs / "one", runs / "ddp", steps=6)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_divided_model_trains_as_a_whole_one_and_continues_on_another_number_of_ranks(runs):
+    """FSDP2, Muon and activation checkpointing on three ranks, then from its shards on two."""
+    assert len(shard_files(str(runs / "fsdp" / "step_00000006"))) == 3
+    assert len(shard_files(str(runs / "fsdp" / "step_00000008"))) == 2
+    assert_same_run(runs / "one_muon", runs / "fsdp", steps=8)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_one_process_continues_and_loads_what_several_have_saved(runs, tmp_path):
+    fsdp = tmp_path / "fsdp"
+    shutil.copytree(runs / "fsdp", fsdp)
+    model, checkpoint = load_model(str(fsdp))
+    assert checkpoint["step"] == 8
+    resume(fsdp, "--fsdp=false", "--max_iters=9")
+    assert not shard_files(str(fsdp / "step_00000009"))
+    one = tmp_path / "one"
+    shutil.copytree(runs / "one_muon", one)
+    resume(one, "--max_iters=9")
+    assert_same_losses(fsdp, one, range(1, 10))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_damaged_or_missing_shard_is_found(runs, tmp_path, capsys):
+    for damage in ("flip", "cut", "remove"):
+        folder = tmp_path / damage
+        shutil.copytree(runs / "fsdp", folder)
+        path = Path(shard_files(str(folder / "step_00000008"))[0])
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        if damage == "cut":
+            content = content[:1000]
+        path.unlink()
+        if damage != "remove":
+            path.write_bytes(content)
+        assert load_checkpoint(str(folder))["step"] == 6
+        assert f"{path.name}" in capsys.readouterr().out
+
+
+def test_one_rank_cannot_divide_a_model(data, tmp_path):
+    with pytest.raises(UserError, match="fsdp divides the model among ranks"):
+        train.train(config(data, tmp_path, fsdp=True))
+
+
+def test_a_gradient_of_divided_and_whole_parts_is_clipped_as_one():
+    """Of whole tensors alone clip is torch's clip_grad_norm_, bit for bit."""
+    params = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    for limit in (0.1, 1e9):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        for p, other in zip(params, others):
+            other.grad = p.grad.clone()
+        norm = clip(params, limit)
+        assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(others, limit))
+        assert all(torch.equal(p.grad, other.grad) for p, other in zip(params, others))
+    assert clip([], 1.0) == 0
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_nodes_train_as_one_process(data, tmp_path, runs):
+    """The README's command for several nodes: two torchrun agents, which meet on loopback."""
+    port = free_port()
+    settings = TINY | dict(data=data, out_dir=tmp_path / "run", max_iters=3, fsdp=True)
+    env = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    agents = []
+    for node in range(2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2",
+                    "--nproc_per_node=1", f"--node_rank={node}", "--rdzv_backend=c10d",
+                    f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=gsa"]
+        command = [*launcher, str(ROOT / "train.py"), *(f"--{k}={v}" for k, v in settings.items())]
+        agents.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT))
+    outputs = [agent.communicate(timeout=180)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert_same_losses(tmp_path / "run", runs / "one", range(1, 4))

@@ -282,7 +282,8 @@ class HubEncoding:
 
     def _try_out(self, added_tokens):
         """Raise ValueError if a text that tries everything does not come back, byte for byte."""
-        text = TRIAL + " ".join(token["content"] for token in added_tokens)
+        end = self.spelled.get(self.separator, b"").decode(errors="replace")
+        text = TRIAL + " ".join([end, *(token["content"] for token in added_tokens)])
         ids = self.encode_to_numpy(text).tolist()
         if b"".join(self.spelled[i] for i in ids) != text.encode():
             raise ValueError("its tokens do not spell the text")

@@ -186,8 +186,8 @@ def load_checkpoint(out_dir, which="last"):
 def find_checkpoint(out_dir, which="last"):
     """
     The path of a checkpoint whose files are those that were saved.
-    which: "last" (if it is damaged, the one before is taken, and a line says so), "best", or a step.
-    Raises UserError.
+    which: "last" (if it is damaged, the one before is taken, and a line says so), "best", or the
+    digits of a step. Raises UserError.
     """
     folders = checkpoint_folders(out_dir)
     old = os.path.join(out_dir, "ckpt.pt")

@@ -432,13 +432,13 @@ class Run:
             for step, (loss, index_loss, skip, norm, index_norm) in enumerate(rows, first):
                 if self.stability.observe(loss, skip > 0):
                     self.record("spike", step=step, loss=loss)
+                if self.stability.in_a_row >= self.cfg.max_skips:
+                    raise UserError(f"the loss or a gradient is not finite in {self.cfg.max_skips} "
+                                    f"steps in a row, the last is step {step}: the run stops, "
+                                    f"{self.what_is_saved()}. A lower learning_rate or a longer "
+                                    "warmup_iters may help")
                 values = {"loss": loss, "index_loss": index_loss, "grad_norm": norm,
                           "index_grad_norm": index_norm}
-        if self.stability.in_a_row >= self.cfg.max_skips:
-            raise UserError(f"the loss or a gradient is not finite in {self.stability.in_a_row} "
-                            f"steps in a row, the last is step {self.step}: the run stops, "
-                            f"{self.what_is_saved()}. A lower learning_rate or a longer "
-                            "warmup_iters may help")
         return values | {"skipped": self.stability.skipped, "spikes": self.stability.spikes}
 
     # ---- evaluation and checkpoint

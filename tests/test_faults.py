@@ -397,7 +397,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_the_checkpoin
 
 
 def as_old_version(out, **changes):
-    """Replace a run's checkpoints by the ckpt.pt that older versions wrote, some entries changed."""
+    """Replace a run's checkpoints by an older version's ckpt.pt, some entries changed."""
     saved = load_checkpoint(str(out))
     cfg = train.settings([], saved)
     training = train.Run(cfg, Ranks("cpu"), train.StopSignal(), saved)

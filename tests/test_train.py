@@ -127,7 +127,8 @@ def test_documents_start_at_separators_in_the_long_windows_and_in_their_pieces(d
             for t, token in enumerate(row):
                 start = t if token == SEPARATOR else start
                 assert starts[t] == start
-    assert train.Run(config(data, tmp_path, doc_mask=False), Ranks("cpu"), train.StopSignal()).doc_start(idx) is None
+    run = train.Run(config(data, tmp_path, doc_mask=False), Ranks("cpu"), train.StopSignal())
+    assert run.doc_start(idx) is None
 
 
 # ---- runs
@@ -316,7 +317,8 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     def trained(out_dir):
         """The checkpoint, and the weights that differ from the start, indexer aside."""
         saved = load_checkpoint(str(out_dir))
-        changed = {n for n, p in saved["model"].items() if not torch.equal(p, model.state_dict()[n])}
+        own = model.state_dict()
+        changed = {n for n, p in saved["model"].items() if not torch.equal(p, own[n])}
         return saved, {n for n in changed if ".indexer." not in n}
     retrofit(tmp_path / "3", "--max_iters=3")
     retrofit(tmp_path / "5", "--max_iters=5")

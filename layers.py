@@ -37,7 +37,7 @@ def check_rope_scaling(scaling, base):
     if not scaling:
         return
     kind = scaling.get("rope_type")
-    if kind not in ROPE_SCALING:
+    if kind not in tuple(ROPE_SCALING):  # a kind may be of any type
         raise ValueError(f"rope_scaling: rope_type {kind!r} is not one of "
                          f"{', '.join(ROPE_SCALING)}")
     needed, optional = (names.split() for names in ROPE_SCALING[kind])

@@ -81,29 +81,40 @@ def rope_speeds(width, base, scaling):
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         return speed, 1.0
-    factor = scaling["factor"]
+    # the share of its speed that a pair keeps, (width/2,): 1 = fast, 0 = slow
     attention_factor = 1.0
     if kind == "linear":
-        kept = torch.zeros_like(speed)  # 1 = fast, 0 = slow
-    else:
-        turns = scaling["original_max_position_embeddings"] / (2 * math.pi)  # at speed 1
-    if kind == "llama3":
+        kept = torch.zeros_like(speed)
+    elif kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = (turns * speed - low) / (high - low)
-    if kind == "yarn":
-        # the pair, as a fraction, that turns n times: turns·base^(-2·pair/width) = n
-        first, last = (width * math.log(turns / n) / (2 * math.log(base))
-                       for n in (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)))
-        if scaling.get("truncate", True):
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, width - 1)
-        if first == last:
-            last += 0.001
-        pair = torch.arange(width // 2, dtype=torch.float64)
-        kept = 1 - (pair - first) / (last - first)
+        turns = scaling["original_max_position_embeddings"] * speed / (2 * math.pi)
+        kept = (turns - low) / (high - low)
+    else:
+        kept = yarn_kept(width, base, scaling)
         attention_factor = yarn_attention_factor(scaling)
-    kept = kept.clamp(0, 1)  # (width/2,)
-    return speed * (kept + (1 - kept) / factor), attention_factor
+    kept = kept.clamp(0, 1)
+    return speed * (kept + (1 - kept) / scaling["factor"]), attention_factor
+
+
+def yarn_kept(width, base, scaling):
+    """
+    The share of its speed that each pair keeps, (width/2,), before it is cut to 0 … 1. It falls
+    from 1 at the pair that turns beta_fast times within L to 0 at that which turns beta_slow times.
+    """
+    def pair_that_turns(n):
+        # a fraction; solves L·base^(-2·pair/width) = 2π·n
+        length = scaling["original_max_position_embeddings"]
+        return width * math.log(length / (2 * math.pi * n)) / (2 * math.log(base))
+
+    first = pair_that_turns(scaling.get("beta_fast", 32))
+    last = pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)  # not width/2, as in the paper's code
+    if first == last:
+        last += 0.001
+    pair = torch.arange(width // 2, dtype=torch.float64)
+    return 1 - (pair - first) / (last - first)
 
 
 def yarn_attention_factor(scaling):

@@ -171,12 +171,11 @@ def read_config(theirs, path):
         rope_scaling=rope_scaling,
     )
     try:
-        GSAConfig.arm("dense", **config)
+        full = GSAConfig.arm("dense", **config)
     except (ValueError, OverflowError) as e:
         raise UserError(f"{path}: {e}") from None
-    for name in ("norm_eps", "rope_base"):  # JSON may say 10000 for 10000.0
-        config[name] = float(config[name])
-    return config
+    numbers = {name: float(config[name]) for name in ("norm_eps", "rope_base")}  # not 10000
+    return config | {"d_head": full.d_head} | numbers
 
 
 def unsupported(theirs):

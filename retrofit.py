@@ -16,8 +16,9 @@ def open_gates_and_load(model, weights, where):
     """
     Copy weights (a dense model's state dict) into the model. Gates that have no weights there
     open, indexers keep their initial values. A model without both is simply loaded.
-    where: the weights' origin, for messages. Raises UserError where they do not fit the model or
-    are not finite; the model is unchanged then.
+    where: the weights' origin, for messages. Returns whether gates or an indexer were added.
+    Raises UserError where the weights do not fit the model or are not finite; the model is
+    unchanged then.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in weights]
@@ -35,6 +36,7 @@ def open_gates_and_load(model, weights, where):
     for name, p in model.named_parameters():
         if name in missing and "_gate." in name:
             p.fill_(OPEN if name.endswith("bias") else 0.0)
+    return bool(missing)
 
 
 def refuse(where, wrong):

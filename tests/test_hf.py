@@ -99,7 +99,7 @@ def build(folder, arm="dense", **settings):
     """Our model with a folder's weights."""
     config, weights, _ = hf.load(str(folder))
     model = GSA(GSAConfig.arm(arm, **config | settings), "torch").eval()
-    open_gates_and_load(model, weights, folder)
+    assert open_gates_and_load(model, weights, folder) == (arm != "dense")
     return model
 
 
@@ -194,14 +194,14 @@ def test_what_older_versions_wrote_is_read_too(folder):
     """rope_theta and rope_scaling with "type"; null entries; a buffer among the weights."""
     config, weights, _ = hf.load(str(folder))
     scaling = {key: value for key, value in YARN.items() if key != "rope_type"}
-    edit_json(folder / "config.json", rope_parameters=None, rope_theta=5000,
+    edit_json(folder / "config.json", rope_parameters=None, rope_theta=5000, head_dim=None,
               rope_scaling={"type": "yarn", "beta_fast": None, **scaling})
     edit_tensors(folder, lambda tensors: tensors.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     older, older_weights, _ = hf.load(str(folder))
     theirs = transformers.LlamaConfig.from_pretrained(folder).rope_parameters
     assert older["rope_scaling"].items() <= theirs.items() and theirs["rope_theta"] == 5000
-    assert older == config | {"rope_base": 5000.0}
+    assert older == config | {"rope_base": 5000.0} and older["d_head"] == 8
     assert type(older["rope_base"]) is float
     assert older_weights.keys() == weights.keys()
 

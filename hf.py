@@ -17,8 +17,7 @@ import torch
 
 from configurator import UserError, mismatch
 from model import GSA, GSAConfig
-from retrofit import refuse
-from weights import load_tensors
+from weights import load_tensors, refuse
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CONFIG = "config.json"

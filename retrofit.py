@@ -1,47 +1,72 @@
 """
-Retrofit: weights of a dense model in a model with gates and an indexer, which then starts as the
-dense one was. Training goes on with warm-up, in which the indexer alone learns.
+Where a training begins: with nothing, with its own checkpoint, or with the weights of another
+model, which may be a dense one that gets gates and an indexer (a retrofit).
 
-    open_gates_and_load(model, weights, "out/dense")  # weights: {parameter name: tensor}
+    start = load_start("hf:meta-llama/Llama-3.2-1B")     # or a run's out_dir
+    open_gates_and_load(model, start["model"], start["path"])
 """
 import torch
 
+import hf
+from checkpoint import check_vocabulary, load_checkpoint
 from configurator import UserError
+from outdir import holds_checkpoint
+from tokenizer import Tokenizer
+from weights import load_weights
 
 OPEN = 8.0  # bias of an open gate: σ(8) = 0.9997
+LONGEST = 4096  # tokens, where the context of a Hugging Face model is longer and none is given
+
+
+def where_to_begin(init_from, out_dir):
+    """ "scratch", "resume", or what load_start takes; "auto" is decided."""
+    choice, _, otherwise = init_from.partition(":")
+    if choice != "auto":
+        return init_from
+    return "resume" if holds_checkpoint(out_dir) else otherwise or "scratch"
+
+
+def load_start(name):
+    """
+    The weights that a new run begins with: "hf:PATH_OR_ID", a Hugging Face checkpoint, or the
+    out_dir of another run. Returns a checkpoint's dict; of Hugging Face's it has the entries path,
+    model, model_config, config and tokenizer. Raises UserError.
+    """
+    if not name.startswith("hf:"):
+        return load_checkpoint(name)
+    config, weights, about = hf.load(name[len("hf:"):])
+    config["block_size"] = min(config["block_size"], LONGEST)
+    return {"path": about["folder"], "model": weights, "model_config": config,
+            "config": {"attention": "dense"}, "tokenizer": about["tokenizer"]}
+
+
+def check_start(start, meta, where):
+    """Refuse data whose token ids mean something else than the weights' own. Raises UserError."""
+    if "meta" in start:
+        check_vocabulary(start, meta, where)
+        return
+    rows = start["model_config"]["vocab_size"]
+    if meta["vocab_size"] > rows:
+        raise UserError(f"{where} has a vocabulary of {meta['vocab_size']} tokens, {start['path']} "
+                        f"reads {rows}: prepare it with --tokenizer={start['path']}")
+    # the same vocabulary may have come from a file of another kind, which cannot be compared
+    if start["tokenizer"] and meta["tokenizer"].startswith("hf:"):
+        if Tokenizer(f"hf:{start['path']}").fingerprint != meta["vocabulary"]:
+            raise UserError(f"{where} holds tokens of {meta['tokenizer']}, another vocabulary than "
+                            f"that of {start['path']}: prepare it with --tokenizer={start['path']}")
 
 
 @torch.no_grad()
 def open_gates_and_load(model, weights, where):
     """
-    Copy weights (a dense model's state dict) into the model. Gates that have no weights there
-    open, indexers keep their initial values. A model without both is simply loaded.
-    where: the weights' origin, for messages. Returns whether gates or an indexer were added.
-    Raises UserError where the weights do not fit the model or are not finite; the model is
-    unchanged then.
+    Copy weights ({parameter name: tensor}) into the model. Gates that have no weights there open,
+    so that the model starts as the dense one was; indexers keep their initial values.
+    Returns whether gates or an indexer were added. Raises UserError where the weights do not fit.
     """
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    wrong = [f"{name} is on one side only" for name in missing
-             if "_gate." not in name and ".indexer." not in name]
-    for name, x in weights.items():
-        if name not in own:
-            wrong.append(f"{name} is on one side only")
-        elif x.shape != own[name].shape:
-            wrong.append(f"{name} has shape {tuple(x.shape)}, not {tuple(own[name].shape)}")
-        elif not torch.isfinite(x).all():
-            wrong.append(f"{name} is not finite")
-    refuse(where, wrong)
-    model.load_state_dict(weights, strict=False)
+    added = [name for name in model.state_dict() if name not in weights
+             and ("_gate." in name or ".indexer." in name)]
+    load_weights(model, weights, where, may_lack=added)
     for name, p in model.named_parameters():
-        if name in missing and "_gate." in name:
+        if name in added and "_gate." in name:
             p.fill_(OPEN if name.endswith("bias") else 0.0)
-    return bool(missing)
-
-
-def refuse(where, wrong):
-    """Raise UserError with the first entries of a list of what is wrong, if there is any."""
-    if not wrong:
-        return
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise UserError(f"{where} does not fit this model: {', '.join(wrong[:3])}{more}")
+    return bool(added)

@@ -25,17 +25,18 @@ from torch.nn.parallel import DistributedDataParallel
 import checks
 from attention import document_starts
 from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, find_data,
-                        load_checkpoint, load_start, load_weights, model_config, not_finite,
-                        read_checkpoint, record_loss, save_checkpoint)
+                        model_config, read_checkpoint, record_loss, save_checkpoint)
 from configurator import UserError, check_ranges, duration, flags, parse, run, say, to_json
 from data import Batches, Data, differences
 from device import check_backend, check_compiler, check_dtype, precision
 from measure import flops_per_token, peak_flops
 from model import ARMS, GSA, GSAConfig
 from optim import load_optimizers, make_optimizers, optimizer_tensors
-from outdir import holds_checkpoint, open_log, prepare_folder, run_folder
+from outdir import open_log, prepare_folder, run_folder
 from ranks import Ranks
+from retrofit import check_start, load_start, open_gates_and_load, where_to_begin
 from stability import Stability
+from weights import load_weights, not_finite
 
 
 @dataclass
@@ -44,16 +45,17 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     # data and output
     data: str = "data/slimpajama"  # a folder written by prepare.py
     out_dir: str = "out"  # checkpoints, log.jsonl, config.json
-    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint) | another
-    # run's out_dir, whose weights the run starts with | auto:START (resume, else START). If they
-    # are those of a dense model and this one has an indexer, warm-up trains the indexer alone
+    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint)
+    # | hf:PATH_OR_ID (a Hugging Face model) or another run's out_dir, whose weights it starts with
+    # | auto:START (resume, else START).
+    # If the weights are a dense model's and this one has an indexer, warm-up trains that alone
     init_from: str = "scratch"
     overwrite: bool = False  # a new run deletes the run that out_dir holds
     keep: int = 2  # checkpoints: the last so many stay, and the best
 
     # model
     attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets switches that are not given
-    vocab_size: int = 0  # 0 = the data's
+    vocab_size: int = 0  # 0 = the data's; more are never output in training, but cost memory
     doc_mask: bool = True  # attention stops at document boundaries
 
     # optimization
@@ -170,7 +172,7 @@ def started_settings(start, given):
     The settings of a new run that begins with other weights: the shape of their model, and what is
     given now. Raises UserError if a setting is given that contradicts the weights.
     """
-    shape = {name: value for name, value in start["model_config"].items() if name != "vocab_size"}
+    shape = start["model_config"]
     if given.get("attention", TrainConfig.attention) != start["config"].get("attention"):
         switches = set(ARMS["gsa"]) | set(ARMS["sparse"])
         shape = {name: value for name, value in shape.items() if name not in switches}
@@ -215,8 +217,8 @@ class Run:
             check_compiler()
         # 2. data
         data = Data(cfg.data)
-        if cfg.vocab_size not in (0, data.vocab_size):
-            raise UserError(f"vocab_size {cfg.vocab_size} disagrees with "
+        if 0 < cfg.vocab_size < data.vocab_size:
+            raise UserError(f"vocab_size {cfg.vocab_size} is less than "
                             f"the {data.vocab_size} of {cfg.data}")
         self.meta = data.meta
         self.batches = {}
@@ -226,13 +228,13 @@ class Run:
         # 3. model
         torch.manual_seed(cfg.seed)
         self.autocast = precision(self.device, cfg.dtype)
-        self.raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
+        self.raw = GSA(cfg.model_config(cfg.vocab_size or data.vocab_size), cfg.backend)
         self.step = 0
         self.stability = Stability()
         self.retrofit = False  # were the gates and the indexer added to a dense model?
         if start:
-            check_vocabulary(start, data.meta, cfg.data)
-            self.retrofit = load_start(self.raw, start["model"], start["path"])
+            check_start(start, data.meta, cfg.data)
+            self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
         if checkpoint:
             check_vocabulary(checkpoint, data.meta, cfg.data)
             if not new_data:
@@ -601,7 +603,7 @@ def main(argv):
         if begin == "resume":
             checkpoint = read_checkpoint(ranks.on_rank_0(find_checkpoint, out_dir))
         elif begin != "scratch":
-            start = load_checkpoint(begin)
+            start = load_start(begin)
         # A config file always names its data, and so does a command that is simply repeated (auto):
         # only a flag beside "resume" asks for other tokens
         new_data = given.get("init_from") == "resume" and "data" in flags(argv)
@@ -610,14 +612,6 @@ def main(argv):
         Run(cfg, ranks, stop, checkpoint, start, new_data).train()
     if stop.interrupted:
         raise SystemExit(130)
-
-
-def where_to_begin(init_from, out_dir):
-    """"scratch", "resume" or the folder of another run; "auto" is decided."""
-    choice, _, otherwise = init_from.partition(":")
-    if choice != "auto":
-        return init_from
-    return "resume" if holds_checkpoint(out_dir) else otherwise or "scratch"
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ DATA = "--data={f}/data/demo"
     ("train.py", [DATA, "--k_min=900", "--k_max=800"], "k_min 900 is larger than k_max 800"),
     ("train.py", [DATA, "--block_size=100000"], "block_size 100000 is larger than the data"),
     ("train.py", ["--data={f}/none"], "run prepare.py"),
-    ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 disagrees"),
+    ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 is less than"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/none"], "there is no checkpoint"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/out", "--n_layer=2"], "another model"),
     ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),

@@ -315,16 +315,16 @@ def test_weights_that_do_not_fit_leave_the_model_unchanged(tiny):
     config, weights, _ = hf.load(str(tiny[0]))
     small = dict(n_index_head=2, d_index=8)
     wrong = {
-        r"norm.weight is on one side only": {"norm.weight": None},
-        r"other is on one side only": {"other": torch.ones(1)},
-        r"norm.weight has shape \(7,\), not \(48,\)": {"norm.weight": torch.ones(7)},
-        r"norm.weight is not finite": {"norm.weight": torch.full((48,), torch.nan)},
+        r"folder does not fit the model: norm.weight is missing": {"norm.weight": None},
+        r"other has no place in it": {"other": torch.ones(1)},
+        r"norm.weight is \(7,\), not \(48,\)": {"norm.weight": torch.ones(7)},
+        r"numbers that are not finite \(norm.weight\)": {"norm.weight": torch.full((48,), torch.nan)},
     }
     model = GSA(GSAConfig.arm("gsa", **config | small))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     for words, change in wrong.items():
         bad = {name: x for name, x in {**weights, **change}.items() if x is not None}
-        refused(lambda: open_gates_and_load(model, bad, "folder"), "folder does not fit.*" + words)
+        refused(lambda: open_gates_and_load(model, bad, "folder"), words)
         for name, x in model.state_dict().items():
             assert torch.equal(x, before[name]), name
 

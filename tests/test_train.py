@@ -23,11 +23,12 @@ import pictures
 import prepare
 import sample as sampling
 import train
-from checkpoint import load_checkpoint, load_model, load_start
+from checkpoint import load_checkpoint, load_model
 from configurator import UserError
 from conftest import ROOT
 from data import Batches, Data
 from ranks import Ranks
+from retrofit import open_gates_and_load
 from tokenizer import Tokenizer
 from model import ARMS, GSA, GSAConfig
 
@@ -304,7 +305,7 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
     dense, checkpoint = load_model(str(tmp_path / "dense"))
     model = GSA(config(data, "").model_config(VOCAB)).eval()
-    assert load_start(model, checkpoint["model"], "it")
+    assert open_gates_and_load(model, checkpoint["model"], "it")
     idx = torch.randint(0, VOCAB, (2, 64))
     torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits,
                                atol=0.02, rtol=0.02)

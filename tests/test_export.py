@@ -3,6 +3,7 @@ import ast
 import functools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_a_tokenizer_json_travels_along_and_others_are_described(folder, tmp_pat
         assert "AutoTokenizer" in (out / "README.md").read_text()
 
 
-def test_the_command_refuses_in_one_line_and_loses_nothing(folder, tmp_path):
+def test_the_command_refuses_in_one_line_and_loses_nothing(folder, tmp_path, monkeypatch):
     run = str(folder / "run_dense")
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -230,9 +231,9 @@ def test_the_command_refuses_in_one_line_and_loses_nothing(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (kept / "file").read_text() == "precious"
     (kept / "file").unlink()
-    done = subprocess.run([sys.executable, "model.py", "--export", run, "--to", str(kept)],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert not done.returncode and (kept / "model.safetensors").exists(), done.stderr
+    monkeypatch.setattr(sys, "argv", ["model.py", "--export", run, "--to", str(kept)])
+    runpy.run_path(os.path.join(ROOT, "model.py"), run_name="__main__")
+    assert (kept / "model.safetensors").exists()
 
 
 def test_an_export_that_fails_leaves_nothing_behind(folder, tmp_path, monkeypatch):

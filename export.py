@@ -33,11 +33,12 @@ ids = [{separator}]  # + the tokens of a text
 print(model.generate(torch.tensor([ids]), max_new_tokens=100))
 ```
 
-- A document begins with the separator, token {separator}, also in training. Attention {reach}.
+- A document begins with the separator, token {separator}, also in training.
+  Attention {reach}.
 - Tokens: {tokens}
 - A batch is padded on the left, with an attention_mask. At most {block_size} tokens fit.
-- Choosing keys needs exact scores: load the model in float32, and compute in bfloat16 by
-  `torch.autocast`.
+- Its weights are float32. To compute in bfloat16 use `torch.autocast`: a model loaded in bfloat16
+  also rounds the scores that choose keys.
 - On a GPU the package triton is needed, or `from_pretrained(…, backend="torch")`.
 """
 
@@ -45,7 +46,8 @@ TOKENS = {  # how text becomes tokens, by the kind of tokenizer (tokenizer.py)
     "bytes": "the bytes of the text in UTF-8, `list(text.encode())`.",
     "llama3": "as Llama 3 splits text (package tiktoken), with the ranks of the file `{name}`.",
     "tiktoken": "as Llama 3 splits text (package tiktoken), with the ranks of the file `{name}`.",
-    "json": "tokenizer.json, `AutoTokenizer.from_pretrained(\"{folder}\")`; put the separator first.",
+    "json": "`AutoTokenizer.from_pretrained(\"{folder}\", trust_remote_code=True)`, called with\n"
+            "  add_special_tokens=False and split_special_tokens=True.",
     "": "`tiktoken.get_encoding(\"{name}\").encode(text, disallowed_special=())`.",
 }
 
@@ -155,7 +157,7 @@ def readme(config, tokenizer, folder):
     """The text of README.md. tokenizer: its name, see tokenizer.Tokenizer."""
     kind = "json" if tokenizer_json(tokenizer) else tokenizer.partition(":")[0]
     tokens = TOKENS.get(kind, TOKENS[""]).format(name=tokenizer, folder=folder)
-    reach = "stops at the beginning of the document" if config["doc_mask"] else "passes over it"
+    reach = "stops at the beginning of the document" if config["doc_mask"] else "goes on over it"
     return README.format(folder=folder, separator=config["eos_token_id"], reach=reach,
                          tokens=tokens, block_size=config["max_position_embeddings"])
 

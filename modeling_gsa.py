@@ -16,22 +16,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model import GSA, GSAConfig, KVCache
 
-NEW_NAME = "cache" in CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if NEW_NAME else "past_key_values"
+FIELDS = CausalLMOutputWithPast.__dataclass_fields__
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"
 
 
 class GSAModelConfig(PretrainedConfig):
     """
     config.json. gsa: the fields of model.GSAConfig. doc_mask: attention stops at separators
-    (eos_token_id). backend: see attention.py. The other entries are for transformers itself.
+    (eos_token_id). backend: see attention.py. The others are for transformers itself.
     """
     model_type = "gsa"
 
     def __init__(self, gsa=None, doc_mask=True, backend="auto", **others):
         super().__init__(**others)
-        self.gsa = gsa or {}
-        self.doc_mask = doc_mask
-        self.backend = backend
+        self.gsa, self.doc_mask, self.backend = gsa or {}, doc_mask, backend
 
 
 class GrowingCache(KVCache):
@@ -63,7 +61,7 @@ class GrowingCache(KVCache):
 class GSAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = GSAModelConfig
     base_model_prefix = "model"
-    _is_stateful = True  # a cache cannot be cut back, as assisted generation would do
+    _is_stateful = True  # transformers: no assisted generation, for it cuts a cache back
 
     def __init__(self, config):
         super().__init__(config)
@@ -77,15 +75,11 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
         the model without memory ("meta"), loads the weights, and then calls this.
         """
         with torch.device("cpu"):
-            one_layer = GSA(replace(self.model.config, n_layer=1))
-        known = dict(one_layer.named_buffers())
-        saved = self.model.state_dict()
+            one_layer = GSA(replace(self.model.config, n_layer=1, vocab_size=1))
+        known, saved = dict(one_layer.named_buffers()), self.model.state_dict()
         for name, buffer in self.model.named_buffers():
             if name not in saved:
                 buffer.copy_(known[re.sub(r"blocks\.\d+", "blocks.0", name)])
-
-    def get_input_embeddings(self):
-        return self.model.embed
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -105,11 +99,10 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
                 labels=None, use_cache=False, logits_to_keep=0, return_dict=True):
         """
         input_ids (B, T), the tokens behind those of the cache -> logits (B, T, vocab_size).
-
-        attention_mask  (B, at least T); 0 = padding. Its last T columns count. Wherever a row has
-                        padding, its other tokens get the logits that they get without it
+        attention_mask  (B, at least T), the last T columns count; 0 = padding, on either side: the
+                        other tokens get the logits that they get without it
         cache           what an earlier call with use_cache returned
-        labels          (B, T), usually input_ids; -100 = ignored: the mean loss in nats per token
+        labels          (B, T), usually input_ids, -100 = ignored; loss: mean, nats per token
         logits_to_keep  compute the logits of so many last columns only; 0 = of all
         """
         cache = past_key_values if cache is None else cache
@@ -117,18 +110,18 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         if attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, not 2")
-        B, T = input_ids.shape
         if use_cache and cache is None:
-            cache = GrowingCache(B, self.model.config.block_size, input_ids.device)
+            limit = self.model.config.block_size
+            cache = GrowingCache(len(input_ids), limit, input_ids.device)
         # 1. padding goes to the end of its row, where no token sees it
-        is_text = attention_mask[:, -T:] != 0  # (B, T)
+        is_text = attention_mask[:, -input_ids.size(1):] != 0  # (B, T)
         order = is_text.int().argsort(dim=1, descending=True, stable=True)  # (B, T)
         idx = input_ids.gather(1, order)  # (B, T)
         # 2. the model
         x = self.trunk(idx, is_text.gather(1, order), cache)  # (B, T, C)
         # 3. back to the order of input_ids
-        order = order.argsort(dim=1)[:, -logits_to_keep:]  # (B, T'); -0 keeps all
-        x = x.gather(1, order[..., None].expand(-1, -1, x.size(2)))  # (B, T', C)
+        place = order.argsort(dim=1)[:, -logits_to_keep:]  # (B, T'); -0 keeps all
+        x = x.gather(1, place[..., None].expand(-1, -1, x.size(2)))  # (B, T', C)
         logits = self.model.head(x)  # (B, T', vocab_size)
         loss = None
         if labels is not None:
@@ -138,22 +131,20 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
 
     def trunk(self, idx, is_text, cache):
         """GSA.trunk of rows idx (B, T) that end with padding, where is_text (B, T) is False."""
-        T = idx.size(1)
-        pos = torch.arange(T, device=idx.device)
-        doc_start = 0
+        pos = torch.arange(idx.size(1), device=idx.device)
+        last_start = 0
         if cache is not None:
             pos = cache.length[:, None] + pos  # (B, T)
-            doc_start = cache.doc_start
-            cache.reserve(cache.n_read + T)
+            last_start = cache.doc_start  # (B, 1)
+            cache.n_read += idx.size(1)
+            cache.reserve(cache.n_read)
+        doc_start = None
         if self.config.doc_mask:
             begins = is_text & (idx == self.config.eos_token_id)  # (B, T)
-            doc_start = torch.where(begins, pos, doc_start).cummax(1).values  # (B, T)
-        else:
-            doc_start = None
+            doc_start = torch.where(begins, pos, last_start).cummax(1).values  # (B, T)
         x = self.model.trunk(idx, doc_start, cache)[0]  # (B, T, C)
         if cache is not None:
-            cache.n_read += T
-            cache.length = cache.length - (~is_text).sum(1)
+            cache.length = cache.length - (~is_text).sum(1)  # padding gets overwritten
             if doc_start is not None:
                 cache.doc_start = doc_start[:, -1:]
         return x

@@ -1,4 +1,4 @@
-"""export.py and modeling_gsa.py: the exported folder, loaded by transformers without this project."""
+"""export.py and modeling_gsa.py: the exported folder, loaded without this project's files."""
 import ast
 import functools
 import json
@@ -21,6 +21,7 @@ from conftest import ROOT
 from model import ARMS
 from sample import draw_token, generate
 
+pytestmark = pytest.mark.xdist_group("export")  # one process: the exports are made once
 SEPARATOR = 256  # of the byte tokenizer
 NEW_TOKENS = 16
 # One of the arms reads across documents, as a run without doc_mask does
@@ -96,7 +97,7 @@ def exchange(folder):
     torch.manual_seed(0)
     prompts = text_tokens([5, 21, 12], separators=[8])
     longest = max(map(len, prompts))
-    padded = torch.zeros(len(prompts), longest, dtype=torch.long)
+    padded = torch.full((len(prompts), longest), SEPARATOR)
     mask = torch.zeros_like(padded)
     for i, prompt in enumerate(prompts):
         padded[i, longest - len(prompt):] = prompt

@@ -43,7 +43,7 @@ class GrowingCache(KVCache):
 
     def reserve(self, size):
         """Make room for rows of so many tokens."""
-        if size <= self.size:
+        if min(size, self.limit) <= self.size:
             return
         self.size = min(max(size, 2 * self.size), self.limit)
         for key, x in self.buffers.items():

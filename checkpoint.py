@@ -1,196 +1,334 @@
 """
-The folder of a training run (ckpt.pt, log.jsonl, config.json), and the device and precision that
-its model is computed with. sample.py and eval.py import this file and need no trainer.
+Checkpoints of a training run: saved whole or not at all, checked when they are loaded.
 
-    model, checkpoint = load_model("out", device="cpu")
+    model, checkpoint = load_model("out", device="cpu")      # sample.py, eval.py
+    save_checkpoint("out", {"model": …, "optimizer": …}, {"step": 1600, …}, keep=2)
 
-ckpt.pt holds the model's weights, the optimizers' state, the step, the settings and the data's
-meta.json. It is always a whole file, and every weight in it is finite.
+    out/step_00001600/          one checkpoint
+        model.safetensors       the weights, and each layer's V̄
+        optimizer.safetensors   averages of the gradients, by parameter: "embed.weight.exp_avg"
+        run.json                step, settings, the data's meta.json, losses (see RUN)
+        manifest.json           size and checksum of the three files; step; validation loss
+
+A checkpoint is written under another name, step_00001600.partial, and renamed when the disk has all
+of it. So a kill or a full disk leaves the checkpoints before it as they were. Loading compares
+every file with its checksum: a flipped bit is found, and the checkpoint before is taken instead.
+Nothing in these files can be executed. A ckpt.pt, which older versions wrote, can be loaded too.
 """
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
-import subprocess
 
 import torch
 
-import checks
-from configurator import UserError, mismatch, only_one, replacing, to_json
+from configurator import UserError, mismatch, replacing, say, to_json
 from data import META, check_meta, differences, identity
+from device import check_backend
 from model import GSA, GSAConfig
+from weights import checksum, load_tensors, save_tensors
+
+FILE = {"bytes": int, "xxh3": str}
+MANIFEST = {"step": int, "val_loss": None, "files": dict}
+RUN = {"step": int, "config": {"data": str}, "model_config": dict, "meta": META}
+
 
 # --------------------------------------------------------------------------------------------------
-# Device, precision, compiler
+# The folder of one checkpoint
 
-def use_device(name, local_rank=None):
+def step_folder(out_dir, step):
+    return os.path.join(out_dir, f"step_{step:08}")
+
+
+def checkpoint_folders(out_dir):
+    """The folders of a run's checkpoints, {step: path}, the newest first."""
+    try:
+        names = os.listdir(out_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    steps = [int(name[5:]) for name in names if re.fullmatch(r"step_\d{8,}", name)]
+    return {step: step_folder(out_dir, step) for step in sorted(steps, reverse=True)}
+
+
+def read_manifest(folder):
+    """The dict of folder/manifest.json. Raises ValueError, in words, where it is damaged."""
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as f:
+            manifest = json.load(f)
+    except OSError as e:
+        raise ValueError(f"manifest.json: {e.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("manifest.json is damaged") from None
+    wrong = mismatch(manifest, MANIFEST)
+    for name, entry in {} if wrong else manifest["files"].items():
+        wrong = wrong or mismatch(entry, FILE)
+        if not re.fullmatch(r"[\w-]+\.(safetensors|json)", name):
+            wrong = f"it names the file {name!r}"
+    if wrong:
+        raise ValueError(f"manifest.json is damaged: {wrong}")
+    return manifest
+
+
+def check_files(folder):
+    """Compare the files of a checkpoint with its manifest. Raises ValueError, in words."""
+    for name, entry in read_manifest(folder)["files"].items():
+        path = os.path.join(folder, name)
+        try:
+            size = os.path.getsize(path)
+            same = size == entry["bytes"] and checksum(path) == entry["xxh3"]
+        except OSError as e:
+            raise ValueError(f"{name}: {e.strerror}") from None
+        if size != entry["bytes"]:
+            raise ValueError(f"{name} has {size:,} bytes, not {entry['bytes']:,}")
+        if not same:
+            raise ValueError(f"{name} is damaged: its checksum is another")
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+def save_checkpoint(out_dir, tensors, run, keep=2):
     """
-    The device to compute on, as torch names it; "" = a GPU if there is one, else the CPU.
-    local_rank: of several ranks on this machine, each takes the GPU of its number.
+    Save one checkpoint, then delete older ones but the last `keep` and the best.
+    tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}. run: see RUN.
+    Raises OSError; the checkpoints before this one stay as they are.
+    """
+    partial = begin_checkpoint(out_dir, run["step"])
+    try:
+        for part, named in tensors.items():
+            save_tensors(os.path.join(partial, f"{part}.safetensors"), named)
+        finish_checkpoint(out_dir, run)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    prune(out_dir, run["step"], keep)
+
+
+def begin_checkpoint(out_dir, step):
+    """An empty folder to write the checkpoint's tensors to."""
+    partial = step_folder(out_dir, step) + ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    os.makedirs(partial)
+    return partial
+
+
+def finish_checkpoint(out_dir, run):
+    """Give the folder of begin_checkpoint its run.json, its manifest and its name."""
+    folder = step_folder(out_dir, run["step"])
+    partial = folder + ".partial"
+    with open(os.path.join(partial, "run.json"), "w", encoding="utf-8") as f:
+        f.write(to_json(run))
+    files = {}
+    for name in sorted(os.listdir(partial)):
+        path = os.path.join(partial, name)
+        flush(path)
+        files[name] = {"bytes": os.path.getsize(path), "xxh3": checksum(path)}
+    write_manifest(partial, {"step": run["step"], "val_loss": None, "files": files})
+    flush(partial)
+    os.rename(partial, folder)  # from here on the checkpoint exists
+    flush(out_dir)
+
+
+def write_manifest(folder, manifest):
+    with replacing(os.path.join(folder, "manifest.json")) as f:
+        f.write(to_json(manifest, indent=1))
+
+
+def flush(path):
+    """Wait until the disk has a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def record_loss(out_dir, step, val_loss):
+    """Note the validation loss of a saved checkpoint; the best is kept."""
+    folder = step_folder(out_dir, step)
+    with contextlib.suppress(ValueError):  # a ckpt.pt has no manifest
+        write_manifest(folder, {**read_manifest(folder), "val_loss": val_loss})
+
+
+def best_step(out_dir):
+    """The step of the checkpoint with the lowest validation loss, None where none is known."""
+    losses = {}
+    for step, folder in checkpoint_folders(out_dir).items():
+        with contextlib.suppress(ValueError):
+            loss = read_manifest(folder)["val_loss"]
+            if type(loss) is float and math.isfinite(loss):
+                losses[step] = loss
+    return min(losses, key=losses.get, default=None)
+
+
+def prune(out_dir, step, keep):
+    """Delete all checkpoints up to `step` but the last `keep` and the best."""
+    older = [s for s in checkpoint_folders(out_dir) if s <= step]
+    kept = {*older[:keep], best_step(out_dir)}
+    for s in older:
+        if s not in kept:
+            shutil.rmtree(step_folder(out_dir, s), ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loading
+
+def load_checkpoint(out_dir, which="last"):
+    """
+    A checkpoint as a dict: "path", "model" and "optimizer" ({name: tensor}, mapped from disk), and
+    the entries of its run.json (see RUN). which: see find_checkpoint. Raises UserError.
+    """
+    return read_checkpoint(find_checkpoint(out_dir, which))
+
+
+def find_checkpoint(out_dir, which="last"):
+    """
+    The path of a checkpoint whose files are those that were saved.
+    which: "last" (if it is damaged, the one before is taken, and a line says so), "best", or a step.
     Raises UserError.
     """
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if local_rank is not None and name.startswith("cuda"):
-        name = f"cuda:{local_rank}"
+    folders = checkpoint_folders(out_dir)
+    old = os.path.join(out_dir, "ckpt.pt")
+    if not folders and which == "last" and os.path.exists(old):
+        return old
+    wanted = list(folders)
+    if which == "best":
+        wanted = [best_step(out_dir)]
+    elif which != "last":
+        wanted = [step for step in folders if str(step) == which]
+    if not wanted or wanted == [None]:
+        known = ", ".join(str(step) for step in folders) or "none"
+        raise UserError(f"there is no checkpoint {which!r} in {out_dir} (its steps: {known})")
+    damaged = []
+    for step in wanted:
+        try:
+            check_files(folders[step])
+        except ValueError as e:
+            damaged.append(f"{folders[step]}: {e}")
+            continue
+        if damaged:
+            say(f"{'; '.join(damaged)}. {folders[step]} is taken instead")
+        return folders[step]
+    raise UserError(f"no checkpoint can be read. {'; '.join(damaged)}")
+
+
+def read_checkpoint(path):
+    """load_checkpoint's dict, of a path that find_checkpoint returned. Raises UserError."""
+    if path.endswith("ckpt.pt"):
+        return load_ckpt_pt(path)
     try:
-        torch.zeros(1, device=name).item()
-        if name.startswith("cuda:"):
-            torch.cuda.set_device(name)  # the kernels are launched on the current device
-        torch.autocast(name.split(":")[0], dtype=torch.bfloat16, enabled=False)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
-    return name
+        with open(os.path.join(path, "run.json"), encoding="utf-8") as f:
+            run = json.load(f)
+        check_run(run)
+    except OSError as e:
+        raise UserError(f"{path}/run.json cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not a readable checkpoint: {e}") from None
+    tensors = {part: load_tensors(os.path.join(path, f"{part}.safetensors"))
+               for part in ("model", "optimizer")}
+    return {"path": path, **run, **tensors}
 
 
-def precision(device, dtype):
+def check_run(run):
+    """Raise ValueError, in words, unless this can be the content of a run.json."""
+    wrong = mismatch(run, RUN, "run.json") or check_meta(run["meta"])
+    if not wrong and run["step"] < 1:
+        wrong = "its step is not positive"
+    if wrong:
+        raise ValueError(wrong)
+
+
+def load_ckpt_pt(path):
     """
-    The autocast context to compute in.
-    dtype: "float32" | "bfloat16" | "" = bfloat16 on a GPU, else float32.
-    On a GPU, products that stay in fp32 are computed as TF32: the attention kernels have too few
-    registers for exact fp32 products.
+    The checkpoint of an older version, a file ckpt.pt. Its "optimizer" is a list of the
+    optimizers' state dicts. Nothing in the file is executed. Raises UserError.
     """
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def check_backend(backend, device):
-    """Refuse a path of the attention that cannot run on the device. Raises UserError."""
-    try:
-        checks.resolve_backend(backend, torch.empty(0, device=device))
-    except ValueError as e:
-        raise UserError(str(e)) from None
-
-
-def check_dtype(dtype):
-    if dtype not in ("", "float32", "bfloat16"):
-        raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16")
-
-
-def check_compiler():
-    """Refuse torch.compile without a C++ compiler now, not by a traceback at the first step."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    if not any(shutil.which(name) for name in names if name):
-        raise UserError("compile needs a C++ compiler (g++): "
-                        "install one, or train without --compile")
-
-
-# --------------------------------------------------------------------------------------------------
-# ckpt.pt
-
-CHECKPOINT = {
-    "model": dict,
-    "optimizer": list,
-    "step": int,
-    "config": {"data": str},
-    "model_config": dict,
-    "meta": META,
-}
-
-
-def load_checkpoint(folder):
-    """
-    The dict of folder/ckpt.pt, its tensors in CPU memory; see CHECKPOINT for its entries.
-    Nothing in the file is executed. Raises UserError where there is none or it is damaged.
-    """
-    path = os.path.join(folder, "ckpt.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
+        if wrong := mismatch(checkpoint, {"model": dict, "optimizer": list}, "the file"):
+            raise ValueError(wrong)
+        check_run(checkpoint)
     except OSError as e:
         raise UserError(f"{path} is not a readable checkpoint: {e.strerror or e}") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not a readable checkpoint: {e}") from None
     except Exception:  # torch.load raises many types for a truncated or foreign file
         raise UserError(f"{path} is not a readable checkpoint: "
                         "it is damaged or of another kind") from None
-    wrong = mismatch(checkpoint, CHECKPOINT, "the file")
-    if not wrong:
-        since = {"data_path": str} if "data_path" in checkpoint else {}  # a newer entry
-        wrong = mismatch(checkpoint, since) or check_meta(checkpoint["meta"])
-    if not wrong and checkpoint["step"] < 1:
-        wrong = "its step is not positive"
-    if wrong:
-        raise UserError(f"{path} is not a readable checkpoint: {wrong}")
-    return checkpoint
+    return {"path": path, **checkpoint}
 
 
-def save_checkpoint(folder, **content):
-    """
-    Replace folder/ckpt.pt. If that fails, on a full disk for example, the old file stays whole.
-    """
-    path = os.path.join(folder, "ckpt.pt")
-    try:
-        with replacing(path, binary=True) as f:
-            torch.save(content, f)
-    except RuntimeError as e:  # torch's own writer wraps the file's OSError
-        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
-
+# --------------------------------------------------------------------------------------------------
+# From a checkpoint to a model
 
 def load_weights(model, weights, path):
     """
-    Copy a state dict into a model of the same shape.
-    Raises UserError where it does not fit or is not finite.
+    Copy {name: tensor} into a model of the same parameters and buffers.
+    Raises UserError, with the differences, where they do not fit or are not finite.
     """
-    try:
-        model.load_state_dict(weights)
-    except Exception as e:
-        # RuntimeError lists the differences; an entry that is no tensor raises other types
-        reason = " ".join(str(e).split("\n")[1:2]).strip() or type(e).__name__
-        raise UserError(f"{path} does not fit its model: {reason}") from None
-    name = not_finite(model)
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    for name, x in weights.items():
+        if name not in own:
+            wrong.append(f"{name} has no place in it")
+        elif not isinstance(x, torch.Tensor):
+            wrong.append(f"{name} is no tensor")
+        elif x.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit its model: {', '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
+    name = not_finite(weights)
     if name:
         raise UserError(f"{path} holds numbers that are not finite ({name}): "
                         "the training that wrote it had failed")
 
 
-def not_finite(model):
-    """The name of the first parameter or saved buffer with a NaN or infinity in it, or ""."""
-    for name, x in model.state_dict().items():
+def not_finite(tensors):
+    """The name of the first of {name: tensor} with a NaN or infinity in it, or ""."""
+    for name, x in tensors.items():
         if not torch.isfinite(x).all():
             return name
     return ""
 
 
-def load_model(folder, device="cpu", backend="auto"):
-    """(model in eval mode, checkpoint dict) of a training run's out_dir. Raises UserError."""
-    checkpoint = load_checkpoint(folder)
-    path = os.path.join(folder, "ckpt.pt")
-    check_backend(backend, device)
+def model_config(checkpoint):
+    """The GSAConfig of a checkpoint; fields that it lacks are newer and have their defaults."""
     try:
-        config = GSAConfig(**checkpoint["model_config"])
+        return GSAConfig(**checkpoint["model_config"])
     except (TypeError, ValueError) as e:  # an unknown name, an impossible or damaged value
-        raise UserError(f"{path} is not a readable checkpoint: {e}") from None
-    model = GSA(config, backend).to(device)
-    load_weights(model, checkpoint["model"], path)
+        raise UserError(f"{checkpoint['path']} is not a readable checkpoint: {e}") from None
+
+
+def load_model(out_dir, device="cpu", backend="auto", which="last"):
+    """
+    (model in eval mode, checkpoint dict) of a training run. which: see load_checkpoint.
+    Raises UserError.
+    """
+    checkpoint = load_checkpoint(out_dir, which)
+    check_backend(backend, device)
+    model = GSA(model_config(checkpoint), backend).to(device)
+    load_weights(model, checkpoint["model"], checkpoint["path"])
     return model.eval(), checkpoint
 
 
-def load_retrofit(model, folder):
+def load_start(model, weights, path):
     """
-    Load a dense checkpoint into a model with gates and an indexer. The gates open (σ(8) = 0.9997),
-    so the model starts as the dense one was. Returns the checkpoint dict.
+    Load the weights that a new run begins with. Those of a dense model may lack the gates and the
+    indexer: then the gates open (σ(8) = 0.9997), so the model starts as the dense one was.
+    Returns whether gates or indexer were missing. Raises UserError where the weights do not fit.
     """
-    checkpoint = load_checkpoint(folder)
     own = model.state_dict()
-    new = [n for n in own if n not in checkpoint["model"]]
-    foreign = [n for n in checkpoint["model"] if n not in own]
-    foreign += [n for n in new if "_gate." not in n and ".indexer." not in n]
-    if foreign:
-        raise UserError(f"{folder} does not fit this model: {foreign[0]} is on one side only")
-    shared = ("n_head", "n_kv_head", "rope_base")  # what the weights' shapes do not tell
-    theirs = {name: checkpoint["model_config"].get(name) for name in shared}
-    ours = {name: getattr(model.config, name) for name in shared}
-    changed = differences(theirs, ours)
-    if changed:
-        raise UserError(f"{folder} does not fit this model: {changed}")
-    for name, p in model.named_parameters():
-        if name in new and "_gate." in name:
-            torch.nn.init.constant_(p, 8.0 if name.endswith("bias") else 0.0)
-    kept = {n: x for n, x in model.state_dict().items() if n in new}
-    load_weights(model, {**checkpoint["model"], **kept}, folder)
-    return checkpoint
+    added = [name for name in own if name not in weights
+             and ("_gate." in name or ".indexer." in name)]
+    for name in added:
+        if "_gate." in name:
+            torch.nn.init.constant_(own[name], 8.0 if name.endswith("bias") else 0.0)
+    load_weights(model, {**weights, **{name: own[name] for name in added}}, path)
+    return bool(added)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,86 +360,3 @@ def find_data(checkpoint):
     given = checkpoint["config"]["data"]
     absolute = checkpoint.get("data_path", given)
     return absolute if os.path.isdir(absolute) else given
-
-
-# --------------------------------------------------------------------------------------------------
-# out_dir and the log
-
-@contextlib.contextmanager
-def open_run(out_dir, settings, step, overwrite):
-    """
-    Hold a run's folder until the block ends; no other training may use it meanwhile.
-    step: that of the checkpoint to go on from, 0 = a run from scratch. A run from scratch is
-    refused where out_dir holds one already; with overwrite that one is deleted.
-    Writes config.json. Yields the log, open for appending, and whether it holds the evaluation of
-    `step`.
-    """
-    with only_one(out_dir, "train.py"):
-        if not step:
-            claim(out_dir, overwrite)
-        with replacing(os.path.join(out_dir, "config.json")) as f:
-            f.write(to_json({**settings, "git_commit": git_commit()}, indent=1))
-        log, evaluated = open_log(os.path.join(out_dir, "log.jsonl"), step)
-        with log:
-            yield log, evaluated
-
-
-def claim(out_dir, overwrite):
-    """Refuse a folder that holds a run; with overwrite, delete its files."""
-    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "config.json")]
-    found = [path for path in paths if os.path.exists(path)]
-    if found and not overwrite:
-        raise UserError(f"{out_dir} holds a run already ({os.path.basename(found[0])}): "
-                        "--init_from=resume continues it, another --out_dir keeps it, "
-                        "--overwrite loses it")
-    for path in found:
-        os.remove(path)
-
-
-def git_commit():
-    """The commit of this project's folder, or None."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"],
-                              capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def open_log(path, step):
-    """
-    Cut a log.jsonl after its records up to `step`: later steps are done again. The file is cut in
-    place, so a crash at any moment loses no record that counts.
-    Returns the file, open for appending, and whether it holds the evaluation of `step`.
-    """
-    end = 0
-    evaluated = False
-    for record, offset in read_log(path):
-        if record["step"] <= step:
-            end = offset
-        if record["step"] == step and record.get("kind") == "eval":
-            evaluated = True
-    if os.path.exists(path):
-        os.truncate(path, end)
-    return open(path, "a", encoding="utf-8"), evaluated
-
-
-def read_log(path):
-    """
-    Yield (record, offset of the end of its line) of a log.jsonl. Damaged lines are passed over.
-    """
-    if not os.path.exists(path):
-        return
-    offset = 0
-    with open(path, "rb") as f:
-        for line in f:
-            offset += len(line)
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            # a line that a kill cut off has no "\n"
-            if (line.endswith(b"\n") and isinstance(record, dict)
-                    and type(record.get("step")) is int):
-                yield record, offset

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import attention_probabilities, document_starts, select
-from checkpoint import (check_dtype, check_vocabulary, find_data, load_model, precision, read_log,
-                        use_device)
+from checkpoint import check_vocabulary, find_data, load_model
 from configurator import UserError, check_ranges, duration, parse, replacing, run, say, to_json
 from data import Batches, Data, check_ids, passkey_line, random_passkey
+from device import check_dtype, precision, use_device
 from model import KVCache
+from outdir import read_log
 from pictures import draw_results, draw_selection, save_picture
 from tokenizer import open_tokenizer
 

@@ -452,10 +452,10 @@ class GSA(nn.Module):
         return GSAOutput(logits, loss, index_loss, stats)
 
     @torch.no_grad()
-    def update_var_avg(self, decay=0.99):
+    def update_var_avg(self, skip=None, decay=0.99):
         """
         V̄ <- decay·V̄ + (1-decay)·(mean Var_t since the last call), over all ranks.
-        Call it once per optimizer step.
+        Call it once per optimizer step. skip: a tensor of 1 where the step is skipped: V̄ stays.
         """
         if not self.config.sparse:
             return
@@ -467,7 +467,8 @@ class GSA(nn.Module):
         var_avg = torch.stack([i.var_avg for i in indexers])  # (n_layer,)
         old = torch.where(var_avg > 0, var_avg, total / count)  # the first mean counts in full
         new = decay * old + (1 - decay) * total / count  # NaN where count is 0
-        new = torch.where(count > 0, new, var_avg)  # an `if` would be a GPU→CPU sync
+        counts = count > 0 if skip is None else (count > 0) & (skip == 0)
+        new = torch.where(counts, new, var_avg)  # an `if` would be a GPU→CPU sync
         for indexer, value in zip(indexers, new):
             indexer.var_avg.copy_(value)
             indexer.var_seen.zero_()

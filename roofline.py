@@ -19,6 +19,7 @@ import attention
 import kernels
 from attention import Budget, Index, Visible
 from checkpoint import find_data, load_model
+from outdir import holds_checkpoint
 from configurator import UserError, say
 from data import Data
 from model import GSA, GSAConfig
@@ -162,7 +163,7 @@ def print_row(L, k, source, union, seconds):
 def roofline(cfg):
     """Print a row for each length and source of keys. Returns the report, with all stages."""
     say(f"Least ms for one layer on an H100, {cfg.shape}, bf16. No measured speed.")
-    has_checkpoint = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
+    has_checkpoint = holds_checkpoint(cfg.out_dir)
     if not has_checkpoint:
         say(f"no checkpoint in {cfg.out_dir}: random keys only")
     say(f"{'':30}{'union of n queries / k':>24}{'forward ms':>17}{'train ms':>17}")

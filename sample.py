@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from attention import document_starts
-from checkpoint import check_dtype, load_model, precision, use_device
+from checkpoint import load_model
 from configurator import UserError, check_ranges, parse, run
+from device import check_dtype, precision, use_device
 from model import KVCache
 from tokenizer import open_tokenizer
 

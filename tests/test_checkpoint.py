@@ -17,12 +17,10 @@ import checkpoint
 import configurator
 import prepare
 import train
-from checkpoint import (begin_checkpoint, checkpoint_folders, find_checkpoint, load_checkpoint,
-                        load_model, record_loss, save_checkpoint, step_folder)
+from checkpoint import (checkpoint_folders, load_checkpoint, load_model, record_loss,
+                        save_checkpoint)
 from configurator import UserError
 from conftest import ROOT
-from model import GSA
-from optim import Muon
 from outdir import read_log
 from ranks import Ranks
 from stability import Stability
@@ -117,7 +115,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
 TINY = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=32, n_index_head=2, d_index=8,
             k_base=8, k_min=4, k_max=12, batch_size=2, index_warmup_iters=3, warmup_iters=2,
             learning_rate=3e-3, min_lr=1e-4, eval_iters=1, log_interval=2, eval_interval=3,
-            max_iters=7, device="cpu")
+            max_iters=7, device="cpu", plot=False)
 
 
 @pytest.fixture(scope="module")
@@ -426,8 +424,6 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(
         data, tmp_path, monkeypatch, muon, step):
     poison(monkeypatch, {step})
     run = new_run(data, tmp_path, muon=muon, log_interval=1000)
-    run.report = lambda *args: None
-    run.model.train()
     for _ in range(step - 1):
         run.optimize()
     before = {n: x.clone() for n, x in run.raw.state_dict().items()}
@@ -465,7 +461,6 @@ def test_a_step_that_is_not_logged_never_waits_for_the_device(data, tmp_path, mo
     monkeypatch.setattr(train.Batches, "train", uncounted(train.Batches.train))
     monkeypatch.setattr(attention, "select", uncounted(attention.select))
     run = new_run(data, tmp_path, log_interval=1000, muon=True)
-    run.report = lambda *args: None
     for step in range(5):
         with HostSyncs() as syncs:
             run.optimize()

@@ -16,6 +16,7 @@ import torch
 
 import bench
 import eval as evaluation
+import export
 import prepare
 import sample
 import train
@@ -28,6 +29,7 @@ CONFIGS = {
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
     "eval.py": evaluation.EvalConfig,
+    "model.py": export.ExportConfig,
     "bench.py": bench.BenchConfig,
 }
 MAINS = {
@@ -35,6 +37,7 @@ MAINS = {
     "train.py": train.main,
     "sample.py": sample.main,
     "eval.py": evaluation.main,
+    "model.py": export.main,
 }
 
 
@@ -184,6 +187,7 @@ DATA = "--data={f}/data/demo"
     ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 is less than"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/none"], "there is no checkpoint"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/out", "--n_layer=2"], "another model"),
+    ("train.py", [DATA, "--init_from=resme"], "'resme' is not one of scratch, resume, auto"),
     ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),
     ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' needs a GPU"),
     ("sample.py", ["--out_dir={f}/none"], "there is no checkpoint"),
@@ -191,7 +195,7 @@ DATA = "--data={f}/data/demo"
      "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
     ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
-    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "must lie in the model's context"),
+    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "model's context, 1 to 128: --block_size"),
     ("eval.py", ["--out_dir={f}/out", "--data={f}/other"], "the model reads bytes tokens"),
     ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
 ])
@@ -218,7 +222,7 @@ def test_bad_input_is_one_line_and_a_failing_exit(ready, capsys, script, args, m
 def make_bad_files(folder):
     """broken/: half a checkpoint; other/: data of another tokenizer."""
     os.makedirs(folder / "broken", exist_ok=True)
-    (folder / "broken/ckpt.pt").write_bytes((folder / "out/ckpt.pt").read_bytes()[:5000])
+    (folder / "broken/ckpt.pt").write_bytes(b"PK" + bytes(5000))
     if (folder / "other").exists():
         return
     source = folder / "a.jsonl"

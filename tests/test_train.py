@@ -36,7 +36,7 @@ TINY = dict(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
     n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16,
     batch_size=2, index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3,
-    eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
+    eval_iters=2, log_interval=1, eval_interval=100, plot=False, device="cpu")
 SEPARATOR = 256  # of the byte tokenizer
 VOCAB = 257
 

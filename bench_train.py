@@ -183,7 +183,10 @@ def without_index_loss(run):
 
 
 def without_selection(run):
-    """Every step attends to the keys that the second one selected."""
+    """
+    Every step attends to the keys that the second one selected. What is made once from the keys,
+    such as union lists, is left out with the selection.
+    """
     run.optimize()  # the first one gives V̄ a value
     for block in run.raw.blocks:
         remember(block.attn, "choose_keys")

@@ -25,10 +25,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import precision
 from configurator import UserError, say, to_json
 from data import Batches
-from train import Run, TrainConfig
+from device import precision
+from ranks import Ranks
+from train import Run, StopSignal, TrainConfig
 
 FOREVER = 10**9
 
@@ -166,9 +167,8 @@ def make_run(cfg, folder, arm, doc_mask=False, warmup=False):
         d_index=cfg.d_index, k_base=cfg.k, k_min=min(128, cfg.k), k_max=cfg.k,
         index_warmup_iters=FOREVER if warmup else 0, max_iters=FOREVER, log_interval=FOREVER,
         warmup_iters=0, learning_rate=1e-3, min_lr=1e-3)
-    run = Run(settings, cfg.device)
+    run = Run(settings, Ranks(cfg.device), StopSignal())
     run.step = 1  # step 0 is a logged one
-    run.model.train()
     return run
 
 

@@ -4,15 +4,16 @@ Time and peak memory of GSA beside dense attention (PyTorch's SDPA) of the same 
     python bench.py                  # on a CPU: the PyTorch path, tiled.py
     python bench.py --gpu            # on a GPU: the Triton kernels, kernels.py
     python bench.py --gpu --dry_run  # the same code at toy size on a CPU, in Triton's interpreter
+    python bench.py --train          # training steps of whole models: bench_train.py
     python bench.py --roofline       # least times on an H100, counted, not measured: roofline.py
-    python bench.py --compile        # what the compiler makes of the kernels; needs no GPU
+    python bench.py --compile        # what the compiler makes of the kernels: bench_compile.py
 
 The path is first checked against the eager equations. Then these cases are timed, at batch 1:
 
-    forward  selection and attention of T queries over T keys
-    train    the same with the index loss and all gradients
-    decode   selection and attention of one query over T cached keys
-    layer    a training step of a whole attention layer, projections and gates too (CPU only)
+    forward   selection and attention of T queries over T keys
+    backward  the same with the index loss and all gradients
+    decode    selection and attention of one query over T cached keys
+    layer     a training step of a whole attention layer, projections and gates too (CPU only)
 
 A row shows the median time in ms (lowest–highest) and the speed-up: dense over GSA. Then
 
@@ -23,8 +24,6 @@ A row shows the median time in ms (lowest–highest) and the speed-up: dense ove
 Inputs are random, the worst case: neighbouring queries of a trained model select similar keys, as
 they do with --similar, and what they share is read once. The last line is JSON.
 """
-import collections
-import itertools
 import json
 import math
 import multiprocessing
@@ -33,10 +32,7 @@ import platform
 import re
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
@@ -46,9 +42,9 @@ from tqdm import tqdm
 
 import attention
 import kernels
-import kernels_loss
-import kernels_select
 from attention import Budget, Index, Visible
+from bench_compile import print_compile_report
+from bench_train import now, short_number, spread, time_training
 from configurator import UserError, check_ranges, parse, run, say
 from model import GSA, GSAConfig
 from roofline import count_keys, roofline
@@ -57,8 +53,9 @@ from roofline import count_keys, roofline
 @dataclass
 class BenchConfig:
 
-    # What to run; without one of the first three, the PyTorch path on a CPU
+    # What to run; without one of the first four, the PyTorch path on a CPU
     gpu: bool = False  # the Triton kernels, in bfloat16
+    train: bool = False  # training steps of whole models; also with gpu
     roofline: bool = False  # least times on an H100, at the lengths of `forward`
     compile: bool = False  # compile the kernels ahead of time and report on them
     dry_run: bool = False  # with gpu: in Triton's interpreter on a CPU, in float32
@@ -73,22 +70,29 @@ class BenchConfig:
     k: int = 512  # largest number of keys per query
     similar: float = 0.0  # correlation of a query's indexer input with that of the query before
 
+    # Model and batch of --train
+    n_layer: int = 2
+    vocab_size: int = 256  # a multiple of 64: the plain model has no rows to spare
+    block_size: int = 512  # T
+    batch_size: int = 4
+
     # Cases: lists of T, in tokens; "" = none
     forward: str = "2048,4096,8192,16384"
-    train: str = "2048,4096,8192,16384"
+    backward: str = "2048,4096,8192,16384"
     decode: str = "8192,32768"
     layer: str = "8192"
 
     # How to measure
-    repeats: int = 3  # timed calls, after one that is not timed
+    repeats: int = 3  # timed calls, or rounds of --train, after one that is not timed
     threads: int = 2  # of the CPU
     json: str = ""  # file that the last line is also written to
 
     def __post_init__(self):
         check_ranges(self, {
-            (1, None): "n_head n_kv_head d_head n_index_head d_index k repeats threads",
+            (1, None): "n_head n_kv_head d_head n_index_head d_index k repeats threads "
+                       "n_layer vocab_size block_size batch_size",
             (0, 1): "similar"})
-        for name in ("forward", "train", "decode", "layer"):
+        for name in ("forward", "backward", "decode", "layer"):
             value = getattr(self, name)
             if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", value):
                 raise UserError(f"{name} {value!r} is not a list of lengths like 4096,8192")
@@ -102,13 +106,17 @@ class BenchConfig:
         return [int(T) for T in getattr(self, case).split(",") if T]
 
 
-# Defaults of a run with this switch
+# Defaults of a run with these switches
 LARGE = dict(n_head=16, d_head=128, k=2048)
 UP_TO_128K = "4096,8192,16384,32768,65536,131072"
 SWITCHES = {
-    "gpu": dict(LARGE, forward=UP_TO_128K, train=UP_TO_128K, decode="32768,131072", repeats=10),
+    "gpu": dict(LARGE, forward=UP_TO_128K, backward=UP_TO_128K, decode="32768,131072", repeats=10),
+    "train": dict(n_head=4, n_kv_head=2, d_head=32, d_index=32, k=96, repeats=20),
+    "gpu train": dict(n_head=12, n_kv_head=4, d_head=64, d_index=64, k=512, n_layer=12,
+                      vocab_size=50304, block_size=4096, batch_size=8),
     "dry_run": dict(n_head=4, n_kv_head=2, d_head=16, d_index=16, k=8, forward="24,40",
-                    train="24,40", decode="70", repeats=1),
+                    backward="24,40", decode="70", n_layer=1, vocab_size=64, block_size=24,
+                    batch_size=1, repeats=1),
     "roofline": dict(LARGE, forward="4096,32768,131072"),
 }
 
@@ -151,11 +159,11 @@ def train_step(backend, selection, q, k, v, index, log_tau):
 
 
 class Case:
-    """The case "forward", "train" or "decode" over T keys: the functions that are timed."""
+    """The case "forward", "backward" or "decode" over T keys: the functions that are timed."""
 
     def __init__(self, cfg, what, T):
         self.backend = cfg.backend
-        self.train = what == "train"
+        self.backward = what == "backward"
         self.causal = what != "decode"
         n_queries = T if self.causal else 1
         self.q, self.k, self.v, self.index, self.log_tau = layer_inputs(cfg, n_queries, T)
@@ -165,10 +173,10 @@ class Case:
 
     def dense(self):
         inputs = (self.q, self.k, self.v)
-        with torch.set_grad_enabled(self.train):
+        with torch.set_grad_enabled(self.backward):
             q, k, v = (x.transpose(1, 2) for x in inputs)  # (1, H or G, T, d)
             o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
-            if self.train:
+            if self.backward:
                 torch.autograd.grad(o.float().square().sum(), inputs)
 
     def select(self):
@@ -176,7 +184,7 @@ class Case:
 
     def gsa(self):
         selection = self.select()
-        if self.train:
+        if self.backward:
             train_step(self.backend, selection, self.q, self.k, self.v, self.index, self.log_tau)
         else:
             with torch.no_grad():
@@ -240,21 +248,14 @@ def check(cfg, T):
     return errors
 
 
-def now(cfg):
-    """Seconds, when the device has done its work."""
-    if cfg.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def clock(cfg, f, repeats):
     """Milliseconds of each of `repeats` calls."""
     f()
     times = []
     for _ in range(repeats):
-        start = now(cfg)
+        start = now(cfg.device)
         f()
-        times.append(1000 * (now(cfg) - start))
+        times.append(1000 * (now(cfg.device) - start))
     return times
 
 
@@ -285,24 +286,16 @@ def measure_alone(cfg, *case):
         return pool.submit(measure, cfg, *case).result()
 
 
-def number(ms):
-    return f"{ms:.4g}" if ms < 10_000 else f"{ms:.0f}"
-
-
 def table_row(what, T, dense, gsa, speedup):
-    row = f"{what:8}{T:7}"
-    for ms in (dense["ms"], gsa["ms"]):
-        median = number(statistics.median(ms))
-        row += f"{median} ({number(min(ms))}–{number(max(ms))})".rjust(23)
+    row = f"{what:8}{T:7}{spread(dense['ms']):>23}{spread(gsa['ms']):>23}"
     row += f"{speedup:8.2f}×{dense['peak_mb']:10.0f}{gsa['peak_mb']:8.0f}"
-    select = number(statistics.median(gsa["select_ms"])) if gsa["select_ms"] else ""
+    select = short_number(statistics.median(gsa["select_ms"])) if gsa["select_ms"] else ""
     u = f"{gsa['u']:.1f}" if gsa["u"] else ""
     return f"{row}{select:>8}{u:>6}"
 
 
-def time_cases(cfg):
-    """Check the path, then print a row for each case. Returns the report."""
-    # 1. check
+def check_path(cfg):
+    """Name the device and check the path on it. Returns the beginning of the report."""
     if cfg.dry_run:
         device, check_length = "CPU, Triton's interpreter", 40
     elif not cfg.gpu:
@@ -319,10 +312,14 @@ def time_cases(cfg):
     ours, eager = map(max, zip(*errors.values()))
     say(f"largest relative error against the eager equations in float32: {ours:.0e}; "
         f"that of these in {cfg.dtype}: {eager:.0e}")
-    # 2. measure
+    return dict(device=device, errors=errors)
+
+
+def time_cases(cfg):
+    """Print a row for each case. Returns the rows."""
     say(f"{'':8}{'T':>7}{'dense ms (spread)':>23}{'GSA ms (spread)':>23}{'speed-up':>9}"
         f"{'dense MB':>10}{'GSA MB':>8}{'select':>8}{'u':>6}")
-    cases, measure_one = ("forward", "train", "decode", "layer"), measure_alone
+    cases, measure_one = ("forward", "backward", "decode", "layer"), measure_alone
     if cfg.gpu:
         cases, measure_one = cases[:3], measure
     rows = []
@@ -335,149 +332,14 @@ def time_cases(cfg):
             row["speedup"] = dense / gsa
             say(table_row(**row))
             rows.append(row)
-    return dict(device=device, errors=errors, rows=rows)
-
-
-# --------------------------------------------------------------------------------------------------
-# --compile
-
-# The layers that the kernels are compiled for: dtype, H, G, d
-COMPILED_LAYERS = (("bf16", 16, 4, 128), ("bf16", 12, 4, 64),
-                   ("fp32", 16, 4, 128), ("fp32", 16, 4, 256))
-COMPILED_INDEXER = dict(Hi=4, DI=64, DIP=64, RI=4)
-# dtypes of the kernels' pointers, p_ left out. All others are fp32. "dtype" is the layer's.
-POINTERS = {
-    "dtype": "q k v o do dq dk_parts dv_parts parts",
-    "i32": "indices candidates keys query_bits slots bits_by_key",
-    "i64": "pos start offsets k_t",
-}
-
-
-def report_kernels(dtype, H, G, d):
-    """The kernels to compile for a layer, by name. What depends on no layer is with the first."""
-    found = {"attend": kernels._attend_kernel,
-             "attend backward": kernels._attend_backward_kernel,
-             "index loss": kernels_loss._index_loss_kernel}
-    if dtype == "bf16" or d > 128:
-        found["sum"] = kernels._sum_kernel
-    if (dtype, H, G, d) == COMPILED_LAYERS[0]:
-        found["scores"] = kernels_select._scores_kernel
-        found["variance"] = kernels_select._variance_kernel
-        found["select"] = kernels_select._select_kernel
-        found["pack"] = kernels._pack_kernel
-    return found
-
-
-def compile_report(targets=(80, 89, 90, 100)):
-    """
-    Compile the kernels ahead of time for GPUs of these compute capabilities, times ten.
-
-    Yields a dict for each: kernel, dtype, sm, H, G, d; registers per thread; bytes of stack (more
-    than 0: registers spill) and of shared memory; instructions, a count of each by name. fp32 is
-    computed in TF32. sm_80 and sm_89 get the same code, so bf16 is compiled for the one and fp32
-    for the other.
-    """
-    for sm, layer in itertools.product(targets, COMPILED_LAYERS):
-        if (sm, layer[0]) in ((80, "fp32"), (89, "bf16")):
-            continue
-        for name, kernel in report_kernels(*layer).items():
-            binary = _compile(name, kernel, sm, *layer)
-            dtype, H, G, d = layer
-            yield dict(kernel=name, dtype=dtype, sm=sm, H=H, G=G, d=d,
-                       shared=binary.metadata.shared, **_resources(binary.asm["cubin"]))
-
-
-def _compile(name, kernel, sm, dtype, H, G, d):
-    """One kernel for one GPU and layer, as kernels.py would launch it. Returns Triton's binary."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    fp32 = dtype == "fp32"
-    itemsize = 4 if fp32 else 2
-
-    # 1. what the host code would pass
-    heads = H // G
-    attention_tile = kernels.queries_per_tile(sm, heads, d * itemsize, fp32=fp32)
-    loss_tile = kernels.queries_per_tile(sm, heads, d * itemsize, 4, 4 * 64, fp32=fp32)
-    tile = loss_tile if name == "index loss" else attention_tile
-    if name == "scores":  # the indexer: 64 wide, fp32
-        options = kernels.launch_options(name, sm, 64, itemsize=4)
-    else:
-        options = kernels.launch_options(name, sm, d, tile * heads, itemsize)
-    constants = dict(
-        H=H, G=G, D=d, DP=kernels.block_width(d), RP=kernels.triton.next_power_of_2(heads),
-        TQ=tile, LIST_TQ=attention_tile, SPLITS=1, DENSE=False, HAS_START=True,
-        SIGMOID=True, FAST=True, GRADS=True, PRECISION="tf32", RULE="inverse",
-        **COMPILED_INDEXER) | options
-    pointers = {"p_" + name: kind for kind, names in POINTERS.items() for name in names.split()}
-
-    # 2. the type of every parameter
-    signature, values, attributes = {}, {}, {}
-    for parameter in kernel.params:
-        name, place = parameter.name, (parameter.num,)
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            values[place] = constants[name]
-        elif name.startswith("p_"):
-            kind = pointers.get(name, "fp32")
-            signature[name] = "*" + (dtype if kind == "dtype" else kind)
-            attributes[place] = [["tt.divisibility", 16]]  # tensors begin at multiples of 16 bytes
-        elif name in ("scale", "index_scale"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-
-    # 3. compile
-    launch = {name: options[name] for name in ("num_warps", "num_stages")}
-    source = ASTSource(kernel, signature, values, attributes)
-    return kernels.triton.compile(source, target=GPUTarget("cuda", sm, 32), options=launch)
-
-
-def _resources(cubin):
-    """Registers, bytes of stack and instructions of a binary, read by NVIDIA's cuobjdump."""
-    triton_folder = os.path.dirname(kernels.triton.__file__)
-    tool = os.path.join(triton_folder, "backends", "nvidia", "bin", "cuobjdump")
-
-    def dump(flag):
-        command = [tool, flag, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = dump("--dump-resource-usage")
-        assembly = dump("-sass")
-    # A line reads: /*0a30*/ @!P0 HGMMA.64x64x16.F32 R24, …
-    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)"
-    instructions = re.findall(instruction, assembly, re.MULTILINE)
-    return dict(registers=int(re.search(r"REG:(\d+)", usage)[1]),
-                stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-                instructions=dict(collections.Counter(instructions)))
-
-
-def print_compile_report():
-    """python bench.py --compile: a line for every kernel, layer and GPU."""
-    if kernels.triton is None or kernels.INTERPRET:
-        raise UserError("--compile needs the package triton, and TRITON_INTERPRET unset")
-    print(f"compiled by Triton {kernels.triton.__version__}; nothing here was run")
-    print("kernel           dtype    GPU   H    d  registers  stack B  shared KB  "
-          "matrix unit      special functions")
-    for row in compile_report():
-        matrix = [name for name in row["instructions"]
-                  if name.startswith(("HGMMA", "UTCHMMA", "HMMA"))]
-        matrix = matrix[0] if matrix else ""
-        special = [f"{name.removeprefix('MUFU.')} {count}"
-                   for name, count in sorted(row["instructions"].items())
-                   if name.startswith("MUFU")]
-        print(f"{row['kernel']:<16}{row['dtype']:>6}  sm_{row['sm']:<3}{row['H']:>4}{row['d']:>5}"
-              f"{row['registers']:>11}{row['stack']:>9}{row['shared'] / 1024:>11.1f}  "
-              f"{matrix[:15]:<15}  {', '.join(special)}", flush=True)
+    return rows
 
 
 def main(argv):
     given = parse(BenchConfig, argv)
     defaults = {}
-    for switch, settings in SWITCHES.items():
-        if given.get(switch):
+    for switches, settings in SWITCHES.items():
+        if all(given.get(switch) for switch in switches.split()):
             defaults |= settings
     cfg = BenchConfig(**defaults | given)
     if cfg.compile:
@@ -487,7 +349,11 @@ def main(argv):
         # Triton reads this variable when it is imported: start again with it
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
-    report = roofline(cfg) if cfg.roofline else time_cases(cfg)
+    if cfg.roofline:
+        report = roofline(cfg)
+    else:
+        report = check_path(cfg)
+        report["rows"] = time_training(cfg) if cfg.train else time_cases(cfg)
     line = json.dumps(dict(config=asdict(cfg), torch=torch.__version__, **report))
     say(line)
     if cfg.json:

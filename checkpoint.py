@@ -29,8 +29,8 @@ from configurator import UserError, mismatch, replacing, say, to_json
 from data import META, check_meta, differences, identity
 from device import check_backend
 from model import GSA, GSAConfig
-from sharding import Shards, save_shards, shard_files, whole
-from weights import checksum, load_tensors, save_tensors
+from sharding import Shards, save_shards, shard_files
+from weights import checksum, load_tensors, load_weights, save_tensors
 
 FILE = {"bytes": int, "xxh3": str}
 MANIFEST = {"step": int, "val_loss": None, "files": dict}
@@ -213,8 +213,8 @@ def load_checkpoint(out_dir, which="last"):
 def find_checkpoint(out_dir, which="last"):
     """
     The path of a checkpoint whose files are those that were saved.
-    which: "last" (if it is damaged, the one before is taken, and a line says so), "best", or a step.
-    Raises UserError.
+    which: "last" (if it is damaged, the one before is taken, and a line says so), "best", or the
+    digits of a step. Raises UserError.
     """
     folders = checkpoint_folders(out_dir)
     old = os.path.join(out_dir, "ckpt.pt")
@@ -293,38 +293,6 @@ def load_ckpt_pt(path):
 # --------------------------------------------------------------------------------------------------
 # From a checkpoint to a model
 
-def load_weights(model, weights, path):
-    """
-    Copy {name: tensor} into a model of the same parameters and buffers.
-    Raises UserError, with the differences, where they do not fit or are not finite.
-    """
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    for name, x in weights.items():
-        if name not in own:
-            wrong.append(f"{name} has no place in it")
-        elif not isinstance(x, torch.Tensor):
-            wrong.append(f"{name} is no tensor")
-        elif x.shape != own[name].shape:
-            wrong.append(f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}")
-    if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{path} does not fit its model: {', '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
-    name = not_finite(weights)
-    if name:
-        raise UserError(f"{path} holds numbers that are not finite ({name}): "
-                        "the training that wrote it had failed")
-
-
-def not_finite(tensors):
-    """The name of the first of {name: tensor} with a NaN or infinity in it, or ""."""
-    for name, x in tensors.items():
-        if not whole(torch.isfinite(x).all()):
-            return name
-    return ""
-
-
 def model_config(checkpoint):
     """The GSAConfig of a checkpoint; fields that it lacks are newer and have their defaults."""
     try:
@@ -333,32 +301,18 @@ def model_config(checkpoint):
         raise UserError(f"{checkpoint['path']} is not a readable checkpoint: {e}") from None
 
 
-def load_model(out_dir, device="cpu", backend="auto", which="last"):
+def load_model(out_dir, device="cpu", backend="auto", which="last", **changes):
     """
-    (model in eval mode, checkpoint dict) of a training run. which: see load_checkpoint.
-    Raises UserError.
+    (model in eval mode, checkpoint dict) of a training run. which: see find_checkpoint.
+    changes: settings of the model that differ from the training's, of which the weights know
+    nothing: a longer block_size, a rope_scaling. Raises UserError.
     """
     checkpoint = load_checkpoint(out_dir, which)
+    checkpoint["model_config"] |= changes
     check_backend(backend, device)
     model = GSA(model_config(checkpoint), backend).to(device)
     load_weights(model, checkpoint["model"], checkpoint["path"])
     return model.eval(), checkpoint
-
-
-def load_start(model, weights, path):
-    """
-    Load the weights that a new run begins with. Those of a dense model may lack the gates and the
-    indexer: then the gates open (σ(8) = 0.9997), so the model starts as the dense one was.
-    Returns whether gates or indexer were missing. Raises UserError where the weights do not fit.
-    """
-    own = model.state_dict()
-    added = [name for name in own if name not in weights
-             and ("_gate." in name or ".indexer." in name)]
-    for name in added:
-        if "_gate." in name:
-            torch.nn.init.constant_(own[name], 8.0 if name.endswith("bias") else 0.0)
-    load_weights(model, {**weights, **{name: own[name] for name in added}}, path)
-    return bool(added)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,12 +1,53 @@
 """
-Checks of the tensors that attention.py is called with. Each raises ValueError with one line that
-names what is wrong, and returns the path that will compute: "eager", "torch" or "triton".
+Checks of a model's settings, and of the tensors that attention.py is called with. Each raises
+ValueError with one line that names what is wrong. The checks of tensors return the path that will
+compute: "eager", "torch" or "triton".
 """
+import math
+from dataclasses import fields
+from numbers import Integral, Real
+
 import torch
 
 import kernels
+from layers import check_rope_scaling
 
 BACKENDS = ("eager", "torch", "triton")  # and "auto"
+
+
+def check_config(config):
+    """The settings of a model.GSAConfig: each by itself, then those that must fit together."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        least = 0 if f.name in ("d_head", "d_mlp", "n_sink", "n_local") else 1
+        if f.type is int and not (number and isinstance(value, Integral) and value >= least):
+            raise ValueError(f"{f.name} is {value!r}, must be an integer of at least {least}")
+        if f.type is float and not (number and math.isfinite(value)):
+            raise ValueError(f"{f.name} is {value!r}, must be a finite number")
+        if f.type is dict and not isinstance(value, dict):
+            raise ValueError(f"{f.name} is {value!r}, must be a dict")
+    for name in ("rope_base", "norm_eps"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, must be positive")
+    multiples = [("n_head", "n_kv_head")]
+    if not config.d_head:
+        multiples.append(("n_embd", "n_head"))
+    for name, factor in multiples:
+        a, b = getattr(config, name), getattr(config, factor)
+        if a % b:
+            raise ValueError(f"{name} {a} is not a multiple of {factor} {b}")
+    d_head = config.d_head or config.n_embd // config.n_head
+    for name, width in (("head width", d_head), ("d_index", config.d_index)):
+        if width % 2:
+            raise ValueError(f"{name} {width} is odd: RoPE rotates pairs")
+    check_rope_scaling(config.rope_scaling, config.rope_base)
+    if config.index_activation not in ("sigmoid", "relu"):
+        raise ValueError(f"index_activation {config.index_activation!r} is not one of "
+                         "sigmoid, relu")
+    if config.k_min > config.k_max:
+        raise ValueError(f"k_min {config.k_min} is larger than k_max {config.k_max}")
+    config.budget().check()
 
 
 def resolve_backend(backend, x=None):

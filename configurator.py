@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 TRUE_OR_FALSE = {"true": True, "1": True, "false": False, "0": False}
 
@@ -87,7 +87,7 @@ def _read(path):
 
 def parse(cls, argv):
     """
-    cls: a dataclass of str, int, float and bool fields.
+    cls: a dataclass of str, int, float, bool and dict fields.
     argv: config files, --key=value, --key value, --flag (of a bool).
     Returns the given settings only, as a dict of the fields' types.
     Raises UserError; --help prints the settings and exits.
@@ -155,7 +155,8 @@ def groups(cls):
     """
     found = {}
     seen = set()
-    defaults = {f.name: f.default for f in fields(cls)}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory()
+                for f in fields(cls)}
     for owner in cls.__mro__[:-1]:
         heading = "settings" if owner is cls else "model"
         above = []  # comment lines above a field

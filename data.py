@@ -14,6 +14,7 @@ import json
 import os
 import re
 import string
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -202,35 +203,81 @@ class Batches:
         """
         return np.random.default_rng((self.seed, epoch)).permutation(self.n)
 
-    def windows(self, starts, device, length):
-        """
-        The windows at these positions, each cut to pieces of `length` tokens:
-        idx and targets, (B·T/length, length) int64.
-        """
+    def windows(self, starts):
+        """The windows at these positions, (B, T + 1) int64, in CPU memory."""
         import torch  # here: prepare.py's workers import this file and need no torch
-        rows = torch.stack([torch.from_numpy(self.ids[s:s + self.T + 1].astype(np.int64))
-                            for s in starts])
+        rows = np.stack([self.ids[s:s + self.T + 1] for s in starts])  # (B, T + 1)
         if self.vocab_size:
             check_ids(rows, self.vocab_size)
-        if device.startswith("cuda"):
-            rows = rows.pin_memory().to(device, non_blocking=True)
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def pieces(self, rows, device, length):
+        """
+        Windows cut to pieces of `length` tokens, on the device:
+        idx and targets, (B·T/length, length) int64.
+        """
+        rows = rows.to(device, non_blocking=rows.is_pinned())
         idx = rows[:, :-1].reshape(-1, length)
         targets = rows[:, 1:].reshape(-1, length)
         return idx, targets
 
-    def train(self, m, device, length=None):
-        """Micro-batch m of the run."""
+    def read(self, m):
+        """The windows of micro-batch m of the run."""
         starts = []
         for draw in range(m * self.B, (m + 1) * self.B):
             epoch, i = divmod(draw, self.n)
             starts.append(int(self.order(epoch)[i]) * self.T)
-        return self.windows(starts, device, length or self.T)
+        return self.windows(starts)
+
+    def train(self, m, device, length=None):
+        """Micro-batch m of the run."""
+        return self.pieces(self.read(m), device, length or self.T)
 
     def evaluation(self, m, count, device):
         """Micro-batch m of `count`, spread evenly over the data."""
         spread = np.linspace(0, self.n - 1, count * self.B).astype(int)
         starts = [int(w) * self.T for w in spread[m * self.B:(m + 1) * self.B]]
-        return self.windows(starts, device, self.T)
+        return self.pieces(self.windows(starts), device, self.T)
+
+
+class Prefetch:
+    """
+    Batches.train for a GPU: while micro-batch m is computed, a thread reads the rank's next one,
+    m + stride, into pinned memory, from which the GPU copies while Python goes on. The batches are
+    those of Batches.train; asked for another m than expected, it reads that one.
+    An error is raised by the call that asks for its micro-batch.
+    A CPU has no use for it: the thread would compete with the threads that compute.
+
+        with Prefetch(batches, stride=1) as loader:
+            idx, targets = loader.train(0, "cuda")
+    """
+
+    def __init__(self, batches, stride):
+        self.batches = batches
+        self.stride = stride  # the number of ranks: they share out the micro-batches
+        self.thread = ThreadPoolExecutor(1)
+        self.expected = None  # the micro-batch that `reading` will hold
+        self.reading = None
+
+    def read(self, m, pin):
+        rows = self.batches.read(m)
+        return rows.pin_memory() if pin else rows
+
+    def train(self, m, device, length=None):
+        """Micro-batch m of the run, as Batches.train returns it."""
+        pin = device.startswith("cuda")
+        if m != self.expected:
+            self.reading = self.thread.submit(self.read, m, pin)
+        rows = self.reading.result()
+        self.expected = m + self.stride
+        self.reading = self.thread.submit(self.read, self.expected, pin)
+        return self.batches.pieces(rows, device, length or self.batches.T)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown(cancel_futures=True)  # waits for the micro-batch in work
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import os
 import random
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class EvalConfig:
     out_dir: str = "out"  # folder of the checkpoint; results go there too
     data: str = ""  # default: the data it was trained on
     tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
+    checkpoint: str = "last"  # last | best (lowest validation loss) | a step
+    # context in tokens, which may be longer than in training; 0 = that of training
+    block_size: int = 0
+    # RoPE for a longer context, see train.py --help; {} = that of training
+    rope_scaling: dict = field(default_factory=dict)
 
     # perplexity
     max_tokens: int = 0  # of val.bin; 0 = all
@@ -65,7 +70,7 @@ class EvalConfig:
     def __post_init__(self):
         check_dtype(self.dtype)
         check_ranges(self, {(1, None): "depths seeds samples distractors batch_size",
-                            (0, None): "max_tokens stride"})
+                            (0, None): "max_tokens stride block_size"})
 
 
 class Progress:
@@ -359,7 +364,8 @@ def needle_lengths(cfg, T):
             raise UserError(f"lengths {cfg.lengths!r} is not a list like 256,512") from None
     if max(lengths) > T or min(lengths) < 1 or cfg.stride > T:
         raise UserError(f"lengths {lengths} and stride {cfg.stride} must lie in "
-                        f"the model's context, 1 to {T}")
+                        f"the model's context, 1 to {T}: --block_size (and --rope_scaling) "
+                        "make it longer")
     return lengths
 
 
@@ -399,7 +405,9 @@ def evaluate(cfg):
     """
     # 1. what can be refused is refused before anything is measured
     device = use_device(cfg.device)
-    model, checkpoint = load_model(cfg.out_dir, device, cfg.backend)
+    longer = {"block_size": cfg.block_size, "rope_scaling": cfg.rope_scaling}
+    changes = {name: value for name, value in longer.items() if value}
+    model, checkpoint = load_model(cfg.out_dir, device, cfg.backend, cfg.checkpoint, **changes)
     trained = checkpoint["config"]
     path = cfg.data or find_data(checkpoint)
     data = Data(path)

@@ -60,21 +60,24 @@ def attention_report(q, k, selection):
 def flops_per_token(model, T=None, training=True, warmup=False):
     """
     Model FLOPs per token at context T (default block_size): the mean over positions t = 1…T.
-    Forward: 2 per weight of a matrix; attention 4·C per key that the query attends to,
-    min(k_base, t) or all t (dense, warm-up); indexer 2·Hi·di per visible key, all t.
+    Forward: 2 per weight of a matrix (an embedding that is not the output projection too is only
+    looked up: none); attention 4·H·d per key that the query attends to, min(k_base, t) or all t
+    (dense, warm-up); indexer 2·Hi·di per visible key, all t.
     Backward: twice the forward, but the indexer's spans the attended keys only.
     Recomputation is not counted.
     """
     c = model.config
     T = T or c.block_size
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    if not c.tie_embed:
+        weights -= model.embed.weight.numel()
     visible = (T + 1) / 2  # mean of t: keys per query
     attended = visible
     if c.sparse and not warmup:
         k = min(c.k_base, T)
         attended = (k * (k + 1) / 2 + (T - k) * k) / T  # mean of min(k_base, t)
     score = 2 * c.n_index_head * c.d_index if c.sparse else 0  # FLOPs of one indexer score
-    forward = 2 * weights + c.n_layer * 4 * attended * c.n_embd
+    forward = 2 * weights + c.n_layer * 4 * attended * c.n_head * c.d_head
     indexer = c.n_layer * score * visible
     if not training:
         return forward + indexer

@@ -15,8 +15,7 @@ Symbols  B batch, T query positions, S key positions, C model width, H query hea
 Layout   (B, T, H, d) everywhere, attention matrices (B, T, H, S). Masks: True = attend.
 """
 import math
-from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attention
-from checks import resolve_backend
+from checks import check_config, resolve_backend
 from layers import MLP, RMSNorm, RoPE
 from measure import attention_report
 
@@ -46,7 +45,18 @@ class GSAConfig:
     n_head: int = 12  # H
     n_kv_head: int = 4  # G
     n_embd: int = 768  # C
+    d_head: int = 0  # d; 0 = n_embd / n_head
+    d_mlp: int = 0  # hidden width of the MLP; 0 = 8C/3, rounded up to a multiple of 32
+    tie_embed: bool = True  # the embedding is also the output projection
+    qkv_bias: bool = False  # biases of the projections to q, k and v (Qwen2)
+    o_bias: bool = False  # bias of the attention's output projection
+    mlp_bias: bool = False  # biases of the MLP
+    qk_norm: bool = False  # RMSNorm of every head's q and k, before RoPE (Qwen3)
+    norm_eps: float = 1e-6  # of every RMSNorm
     rope_base: float = 10000.0
+    # longer contexts than in training: as in Hugging Face's config.json, see layers.ROPE_SCALING.
+    # Example: {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+    rope_scaling: dict = field(default_factory=dict)
     sparse: bool = True  # attend to selected keys only; False = to every key
     value_gate: bool = True  # Eq. 9
     output_gate: bool = True  # Eq. 10
@@ -70,33 +80,9 @@ class GSAConfig:
         return cls(**{**ARMS[name], **settings})
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            least = 0 if f.name in ("n_sink", "n_local") else 1
-            if f.type is int and not (number and isinstance(value, Integral) and value >= least):
-                raise ValueError(f"{f.name} is {value!r}, must be an integer of at least {least}")
-            if f.type is float and not (number and math.isfinite(value)):
-                raise ValueError(f"{f.name} is {value!r}, must be a finite number")
-        if self.rope_base <= 0:
-            raise ValueError(f"rope_base is {self.rope_base}, must be positive")
-        for name, factor in (("n_embd", "n_head"), ("n_head", "n_kv_head")):
-            a, b = getattr(self, name), getattr(self, factor)
-            if a % b:
-                raise ValueError(f"{name} {a} is not a multiple of {factor} {b}")
-        for name, width in (("head width", self.d_head), ("d_index", self.d_index)):
-            if width % 2:
-                raise ValueError(f"{name} {width} is odd: RoPE rotates pairs")
-        if self.index_activation not in ("sigmoid", "relu"):
-            raise ValueError(f"index_activation {self.index_activation!r} is not one of "
-                             "sigmoid, relu")
-        if self.k_min > self.k_max:
-            raise ValueError(f"k_min {self.k_min} is larger than k_max {self.k_max}")
-        self.budget().check()
-
-    @property
-    def d_head(self):
-        return self.n_embd // self.n_head
+        check_config(self)
+        self.d_head = self.d_head or self.n_embd // self.n_head
+        self.d_mlp = self.d_mlp or (8 * self.n_embd + 95) // 96 * 32
 
     def budget(self, var_avg=None):
         """The rule for k_t, with V̄ (scalar)."""
@@ -159,9 +145,10 @@ class Indexer(nn.Module):
     counts as average, until GSA.update_var_avg is called after a training step.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, rope):
         super().__init__()
         self.config = config
+        self.rope = rope
         C, Hi, di = config.n_embd, config.n_index_head, config.d_index
         self.wq = nn.Linear(C, Hi * di, bias=False)
         self.wk = nn.Linear(C, di, bias=False)
@@ -174,7 +161,6 @@ class Indexer(nn.Module):
         self.register_buffer("var_avg", torch.zeros(()))  # V̄, 0 = nothing averaged yet
         # Sum and number of the batch means of Var_t since V̄ was last updated
         self.register_buffer("var_seen", torch.zeros(2), persistent=False)
-        self.rope = RoPE(config.block_size, di, config.rope_base)
 
     def forward(self, h, pos):
         """
@@ -218,26 +204,28 @@ def dense_attention(q, k, v, visible):
 class Attention(nn.Module):
     """One attention layer. With every switch off it is plain causal attention."""
 
-    def __init__(self, config, backend, layer):
+    def __init__(self, config, backend, layer, ropes):
         super().__init__()
         self.config, self.backend = config, backend
         self.layer = layer  # its number, the key of its cache
+        self.rope, index_rope = ropes  # one table each for all layers
         C, H, G, d = config.n_embd, config.n_head, config.n_kv_head, config.d_head
-        self.wq = nn.Linear(C, H * d, bias=False)
-        self.wk = nn.Linear(C, G * d, bias=False)
-        self.wv = nn.Linear(C, G * d, bias=False)
-        self.wo = nn.Linear(H * d, C, bias=False)
+        self.wq = nn.Linear(C, H * d, bias=config.qkv_bias)
+        self.wk = nn.Linear(C, G * d, bias=config.qkv_bias)
+        self.wv = nn.Linear(C, G * d, bias=config.qkv_bias)
+        self.wo = nn.Linear(H * d, C, bias=config.o_bias)
+        self.q_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config.norm_eps) if config.qk_norm else nn.Identity()
         self.value_gate = Gate(C, G * d) if config.value_gate else None
         self.output_gate = Gate(C, H * d) if config.output_gate else None
-        self.indexer = Indexer(config) if config.sparse else None
-        self.rope = RoPE(config.block_size, d, config.rope_base)
+        self.indexer = Indexer(config, index_rope) if config.sparse else None
 
     def queries_and_keys(self, h, pos):
         """h (B, T, C), pos (1 or B, T) -> q (B, T, H, d), k (B, T, G, d)."""
         B, T, _ = h.shape
         q = self.wq(h).view(B, T, self.config.n_head, self.config.d_head)
         k = self.wk(h).view(B, T, self.config.n_kv_head, self.config.d_head)
-        return self.rope(q, pos), self.rope(k, pos)
+        return self.rope(self.q_norm(q), pos), self.rope(self.k_norm(k), pos)
 
     def forward(self, h, visible, cache=None, warmup=False, want_loss=False, want_stats=False,
                 chosen=None):
@@ -329,6 +317,18 @@ class Attention(nn.Module):
         return stats
 
 
+def make_ropes(config):
+    """The rotary tables of all layers: the attention's, and the indexers' (None without)."""
+    rope = RoPE(config.block_size, config.d_head, config.rope_base, config.rope_scaling)
+    if not config.sparse:
+        return rope, None
+    # CHOICE: the indexer gets YaRN's frequencies and no attention factor, as in DeepSeek-V3.2.
+    # The factor sharpens a softmax over more keys. The indexer's softmax has τ for that, which is
+    # learned; inside σ the factor would change Var_t, and so the budgets, against the stored V̄
+    scaling = config.rope_scaling | {"attention_factor": 1.0}
+    return rope, RoPE(config.block_size, config.d_index, config.rope_base, scaling)
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
@@ -336,10 +336,12 @@ class Block(nn.Module):
     # rest again: about a third more arithmetic, and far less memory (plan.py, "activations")
     activation_checkpointing = False
 
-    def __init__(self, config, backend, layer):
+    def __init__(self, config, backend, layer, ropes):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(config.n_embd), RMSNorm(config.n_embd)
-        self.attn, self.mlp = Attention(config, backend, layer), MLP(config.n_embd)
+        C = config.n_embd
+        self.norm1, self.norm2 = RMSNorm(C, config.norm_eps), RMSNorm(C, config.norm_eps)
+        self.attn = Attention(config, backend, layer, ropes)
+        self.mlp = MLP(C, config.d_mlp, config.mlp_bias)
 
     def forward(self, x, visible, **how):
         """how: the other arguments of Attention.forward, whose results this returns."""
@@ -380,9 +382,13 @@ class GSA(nn.Module):
         self.config = config
         # Rows of the embedding, padded for the matrix units; the extra ones are never output
         rows = (config.vocab_size + 63) // 64 * 64
-        self.embed = nn.Embedding(rows, config.n_embd)  # also the output projection
-        self.blocks = nn.ModuleList(Block(config, backend, i) for i in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd)
+        self.embed = nn.Embedding(rows, config.n_embd)
+        # The output projection; None = the embedding is
+        self.unembed = None if config.tie_embed else nn.Linear(config.n_embd, rows, bias=False)
+        ropes = make_ropes(config)
+        self.blocks = nn.ModuleList(Block(config, backend, i, ropes)
+                                    for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.init_weights()
 
     @torch.no_grad()
@@ -398,6 +404,7 @@ class GSA(nn.Module):
                  b              0
                  log_tau        log 4
         norms                   1
+        other biases            0
         """
         c = self.config
         std = c.n_embd ** -0.5
@@ -406,12 +413,14 @@ class GSA(nn.Module):
             ("proj.weight", nn.init.normal_, 0.0, 0.1 * std),
             ("proj.bias", nn.init.constant_, c.gate_bias_init),
             ("wo.weight down.weight", nn.init.normal_, 0.0, std / math.sqrt(2 * c.n_layer)),
-            ("embed.weight wq.weight wk.weight wv.weight ww.weight gate_up.weight",
+            ("embed.weight wq.weight wk.weight wv.weight ww.weight gate_up.weight unembed.weight",
              nn.init.normal_, 0.0, std),
             ("ww.bias", nn.init.constant_, ww_bias),
             ("indexer.b", nn.init.constant_, 0.0),
             ("indexer.log_tau", nn.init.constant_, math.log(4)),
-            ("norm1.weight norm2.weight norm.weight", nn.init.constant_, 1.0),
+            ("norm1.weight norm2.weight norm.weight q_norm.weight k_norm.weight",
+             nn.init.constant_, 1.0),
+            ("wq.bias wk.bias wv.bias wo.bias gate_up.bias down.bias", nn.init.constant_, 0.0),
         )
         filled = []
         for names, fill, *numbers in table:
@@ -460,7 +469,8 @@ class GSA(nn.Module):
 
     def head(self, x):
         """x (B, T, C) -> logits (B, T, vocab_size)."""
-        return F.linear(x, self.embed.weight)[..., :self.config.vocab_size]
+        weight = self.embed.weight if self.unembed is None else self.unembed.weight
+        return F.linear(x, weight)[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None, doc_start=None, cache=None, warmup=False, stats=False):
         """
@@ -503,3 +513,9 @@ class GSA(nn.Module):
         for indexer, value in zip(indexers, new):
             indexer.var_avg.copy_(value)
             indexer.var_seen.zero_()
+
+
+if __name__ == "__main__":  # python model.py --export out --to hf_out
+    import configurator
+    import export
+    configurator.run(export.main)

@@ -78,7 +78,7 @@ def param_groups(model, weight_decay=0.1, index_lr_mult=10.0):
             continue
         if ".indexer." in name:
             kind = "indexer"
-        elif p is model.embed.weight:
+        elif name in ("embed.weight", "unembed.weight"):
             kind = "embed"
         elif p.dim() > 1:
             kind = "matrix"

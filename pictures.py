@@ -1,6 +1,6 @@
 """
-The pictures that eval.py draws: eval.png and selection.png. They need matplotlib
-(requirements-extra.txt).
+The pictures: curves.png, which a training run draws, eval.png and selection.png, which eval.py
+draws. They need matplotlib (requirements-extra.txt).
 
     save_picture("out/selection.png", draw_selection, layers, place)
 """
@@ -8,27 +8,37 @@ import os
 
 import numpy as np
 
-from configurator import say
+from configurator import replacing, say
+
+
+def can_draw(name):
+    """Is matplotlib installed? If not, say that there will be no picture of this name."""
+    try:
+        import matplotlib
+    except ImportError:
+        say(f"no {name}: matplotlib is not installed (pip install -r requirements-extra.txt)")
+        return False
+    matplotlib.use("Agg")  # into files, also where there is no screen
+    return True
 
 
 def save_picture(path, draw, *args):
     """Save the figure that draw(plt, *args) returns; without matplotlib, say so."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        say(f"no {os.path.basename(path)}: matplotlib is not installed "
-            "(pip install -r requirements-extra.txt)")
+    if not can_draw(os.path.basename(path)):
         return
+    import matplotlib.pyplot as plt
     figure = draw(plt, *args)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        with replacing(path, binary=True) as f:
+            figure.savefig(f, format="png", dpi=120)
+    finally:
+        plt.close(figure)
 
 
 def curve(records, name):
-    """(steps, values) of the records that hold a number of this name."""
+    """(steps, values) of the records that hold a number of this name, 2000 of them or fewer."""
     held = [r for r in records if type(r.get(name)) is float]
+    held = held[::1 + len(held) // 2000]  # more take seconds to draw and show no more
     return [r["step"] for r in held], [r[name] for r in held]
 
 
@@ -38,8 +48,7 @@ def draw_results(plt, cells, logs, warmup_end):
     run's own first. warmup_end: the step at which its index warm-up ended, 0 = it had none.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    # 1. needles: one row per depth, one column per length
-    if cells:
+    if cells:  # one row per depth, one column per length
         lengths = sorted({c["length"] for c in cells})
         depths = sorted({c["depth"] for c in cells})
         accuracy = {(c["depth"], c["length"]): c["accuracy"] for c in cells}
@@ -52,24 +61,35 @@ def draw_results(plt, cells, logs, warmup_end):
                  title="needle retrieval")
         left.set_xticks(range(len(lengths)), lengths)
         left.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
-    # 2. training: one colour per run; losses solid, validation as dots
+    draw_curves(right, logs, warmup_end)
+    return figure
+
+
+def draw_training(plt, logs, warmup_end):
+    """The training curves alone, for a run that goes on. Arguments: see draw_results."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    draw_curves(axes, logs, warmup_end)
+    return figure
+
+
+def draw_curves(axes, logs, warmup_end):
+    """One colour per run; losses and recall as lines, validation as dots."""
     for i, (run_name, records) in enumerate(logs.items()):
         train = [r for r in records if r.get("kind") == "train"]
         curves = [("loss", "-"), ("index_loss", "--"), ("recall", ":")]
         for name, style in curves:
             steps, values = curve(train, name)
             if values:
-                right.plot(steps, values, style, color=f"C{i}", lw=1,
-                           label=f"{name.replace('_', ' ')}, {run_name}")
+                axes.plot(steps, values, style, color=f"C{i}", lw=1,
+                          label=f"{name.replace('_', ' ')}, {run_name}")
         steps, values = curve([r for r in records if r.get("kind") == "eval"], "loss")
-        right.plot(steps, values, "o", color=f"C{i}", label=f"validation loss, {run_name}")
+        axes.plot(steps, values, "o", color=f"C{i}", label=f"validation loss, {run_name}")
     if warmup_end:
-        right.axvline(warmup_end, color="grey", lw=1)
-        right.annotate(" sparse →", (warmup_end, 1), xycoords=("data", "axes fraction"), va="top")
-    right.set(xlabel="step", ylabel="nats (recall: a share)", title="training", ylim=(0, None))
-    right.grid(alpha=0.3)
-    right.legend(fontsize="small", framealpha=0.6)
-    return figure
+        axes.axvline(warmup_end, color="grey", lw=1)
+        axes.annotate(" sparse →", (warmup_end, 1), xycoords=("data", "axes fraction"), va="top")
+    axes.set(xlabel="step", ylabel="nats (recall: a share)", title="training", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", framealpha=0.6)
 
 
 def draw_selection(plt, layers, place):

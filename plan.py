@@ -76,25 +76,24 @@ def computes_bf16(cfg, card):
     return cfg.dtype == "bfloat16" or (card.on_gpu and not cfg.dtype)
 
 
-def kept_by_layer(cfg, card, hidden):
+def kept_by_layer(cfg, config, card):
     """
-    Bytes that one layer keeps for its backward pass, of one micro-batch, by part. hidden: the width
-    of the MLP. In the sparse phase: warm-up keeps the same less the selection.
+    Bytes that one layer keeps for its backward pass, of one micro-batch, by part. In the sparse
+    phase: warm-up keeps the same less the selection. config: the model's GSAConfig.
     """
     # 1. sizes
     B, T, C = cfg.batch_size, cfg.block_size, cfg.n_embd
-    H, G, d = cfg.n_head, cfg.n_kv_head, cfg.d_head
+    H, G, d = cfg.n_head, cfg.n_kv_head, config.d_head
     e = 2 if computes_bf16(cfg, card) else 4  # bytes of a number that a matrix product reads
     triton = card.on_gpu and cfg.backend in ("auto", "triton")
     # bytes of a number in attention: the PyTorch path of the sparse arms computes in fp32
     a = 4 if cfg.sparse and not triton else e
     n_linear = 3 + cfg.value_gate + cfg.output_gate + 3 * cfg.sparse  # those that read norm1's h
     kept = {}  # bytes per token
-    # 2. norms: the residual stream x is fp32, also under autocast
-    norm = 4 * C + 4  # x and 1 / rms
-    if not card.on_gpu:
-        norm += 4 * C  # x / rms, since the CPU's rms_norm is made of single operations
-    kept["norms"] = 2 * norm
+    # 2. norms
+    kept["norms"] = 2 * norm_bytes(C, 4, card)  # the residual stream is always fp32
+    if cfg.qk_norm:
+        kept["norms"] += (H + G) * norm_bytes(d, e, card)
     # 3. inputs of the linear layers: autocast makes a 16-bit copy of h for each
     kept["inputs"] = C * e * (n_linear + 1 if e == 2 else 2)
     # 4. attention: q, k, v, o, and 4 RoPE tables (T, d/2)
@@ -114,16 +113,23 @@ def kept_by_layer(cfg, card, hidden):
         if triton:
             if not cfg.activation_checkpointing:
                 kept["selection"] = 0.0  # kernels.py keeps the union list only
-            kept["selection"] += union_bytes(cfg, e) / (B * T)
+            kept["selection"] += union_bytes(cfg, d * e, e == 4) / (B * T)
     # 6. MLP: gate and up, silu(gate), their product
-    kept["MLP"] = 4 * hidden * e
+    kept["MLP"] = 4 * config.d_mlp * e
     return {name: n * B * T for name, n in kept.items()}
 
 
-def union_bytes(cfg, e):
+def norm_bytes(width, e, card):
+    """What a norm of numbers of e bytes keeps for each of its vectors x: x and 1 / rms."""
+    if card.on_gpu:
+        return width * e + 4
+    return width * 8 + 4  # a CPU makes rms_norm of single operations in fp32, and keeps x / rms too
+
+
+def union_bytes(cfg, row_bytes, fp32):
     """At most so many bytes are in a layer's union list (kernels.union_list)."""
     T = cfg.block_size
-    TQ = kernels.queries_per_tile(90, cfg.n_head // cfg.n_kv_head, cfg.d_head * e, fp32=e == 4)
+    TQ = kernels.queries_per_tile(90, cfg.n_head // cfg.n_kv_head, row_bytes, fp32=fp32)
     longest = min(T, TQ * min(cfg.budget().largest, T))
     return 8 * cfg.batch_size * sum(min(t + TQ, T, longest) for t in range(0, T, TQ))
 
@@ -133,35 +139,35 @@ def memory(cfg, model, card, world):
     # 1. sizes
     groups = group_sizes(model)
     n = sum(groups.values())
-    in_block = sum(p.numel() for p in model.blocks[0].parameters() if p.dim() > 1)
-    embed = model.embed.weight.numel()
+    matrix, embed = groups["matrix"], groups["embed"]
     tokens = cfg.batch_size * cfg.block_size
     e = 2 if computes_bf16(cfg, card) else 4
     again = cfg.activation_checkpointing
-    sharded = groups["matrix"] + embed if cfg.fsdp else 0  # see sharding.py
+    sharded = matrix + embed if cfg.fsdp else 0  # see sharding.py
     held = n - sharded + sharded / world  # parameters on this rank
     # 2. what lasts
     parts = {"weights": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
     if cfg.muon:  # it keeps one average of the gradients, AdamW two
-        parts["optimizer"] -= 4 * groups["matrix"] / (world if cfg.fsdp else 1)
+        parts["optimizer"] -= 4 * matrix / (world if cfg.fsdp else 1)
     if cfg.fsdp:
         # the embedding, the block at work and the next one; the gradient of one block
-        parts["gathered"] = 4 * embed + 2 * e * in_block + 4 * in_block
+        parts["gathered"] = 4 * embed + (2 * e + 4) * matrix / cfg.n_layer
         if cfg.grad_accum > world:
             parts["gradients"] += 4 * sharded  # they are reduced at the last micro-batch only
     copies = 0  # autocast's 16-bit copies of the blocks' matrices
     if e == 2:
-        parts["16-bit weights"] = 2 * embed
-        copies = 0 if cfg.fsdp else 2 * groups["matrix"]  # FSDP gathers them in 16 bits already
+        parts["16-bit weights"] = 2 * model.embed.weight.numel()  # of the output projection
+        copies = 0 if cfg.fsdp else 2 * matrix  # FSDP gathers them in 16 bits already
         if not again:  # checkpointed blocks do not keep them for the backward pass
             parts["16-bit weights"] += copies
     # 3. activations
-    layer = kept_by_layer(cfg, card, model.blocks[0].mlp.down.in_features)
+    layer = kept_by_layer(cfg, model.config, card)
     whole = sum(layer.values())
     kept = whole
     if again:
         kept = 4 * tokens * cfg.n_embd + layer.get("selection", 0)  # x and S_t
-    last = layer["norms"] / 2 + tokens * (cfg.n_embd * e + 16)  # norm, head's input, idx, targets
+    # outside of the blocks: the last norm, the output projection's input, idx and targets
+    last = tokens * (norm_bytes(cfg.n_embd, 4, card) + cfg.n_embd * e + 16)
     parts["activations"] = cfg.n_layer * kept + last
     rows = model.embed.num_embeddings
     parts["logits"] = tokens * (rows * e + 4 * model.config.vocab_size)  # and log softmax, fp32
@@ -225,7 +231,7 @@ def hours(cfg, flops, gpu, world):
 # --------------------------------------------------------------------------------------------------
 # The report
 
-def check_plan(cfg, card, data, world):
+def check_plan(cfg, config, card, data, world):
     """Refuse what cannot run, whatever the memory. data: Data or None. Raises UserError."""
     if cfg.grad_accum % world:
         raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is "
@@ -241,7 +247,7 @@ def check_plan(cfg, card, data, world):
                             f"and the {split} data of {cfg.data} has {available:,}: "
                             f"--block_size={max(1, available - 1)} or shorter, or prepare more")
     if card.on_gpu and cfg.sparse and cfg.backend in ("auto", "triton"):
-        q = torch.empty(1, cfg.block_size, cfg.n_head, cfg.d_head, device="meta")
+        q = torch.empty(1, cfg.block_size, cfg.n_head, config.d_head, device="meta")
         try:
             checks.check_triton("the plan's q", q, cfg.block_size, cfg.n_kv_head)
         except ValueError as e:
@@ -256,11 +262,11 @@ def dry_run(cfg):
     if world == 1:
         world = cfg.gpus
     data = Data(cfg.data) if read_meta(cfg.data) else None
-    check_plan(cfg, card, data, world)
-    vocab_size = cfg.vocab_size or GSAConfig.vocab_size
-    if data:
-        vocab_size = data.vocab_size
+    vocab_size = cfg.vocab_size
+    if not vocab_size:
+        vocab_size = data.vocab_size if data else GSAConfig.vocab_size
     model = bare_model(cfg, vocab_size)
+    check_plan(cfg, model.config, card, data, world)
     # 2. parameters, by kind and by optimizer group
     kinds = dict.fromkeys(["all", *KINDS.values()], 0)
     for name, p in model.named_parameters():
@@ -305,8 +311,7 @@ def report_memory(cfg, model, card, world):
         other = memory(replace(cfg, activation_checkpointing=again), model, card, world)
         how = "with" if again else "without"
         line("  in all", f"{sum(other.values()) / GB:8.2f}  {how} activation_checkpointing")
-    layer = kept_by_layer(replace(cfg, activation_checkpointing=False), card,
-                          model.blocks[0].mlp.down.in_features)
+    layer = kept_by_layer(replace(cfg, activation_checkpointing=False), model.config, card)
     each = ", ".join(f"{name} {size / GB:.3f}" for name, size in layer.items())
     line("  one layer", f"{sum(layer.values()) / GB:8.2f}  for its backward pass: {each}")
     if cfg.compile:

@@ -4,7 +4,7 @@ documents -> filters -> tokenizer -> data/<name>/*.bin and meta.json.
 
     python prepare.py                  # 10e9 GPT-2 tokens of SlimPajama, from the Hugging Face hub
     python prepare.py --dataset demo   # no network: the standard library's source + pass-keys
-    python prepare.py --dataset 'texts/*.jsonl.zst' --tokenizer llama3:/path/tokenizer.model
+    python prepare.py --dataset 'texts/*.jsonl.zst' --tokenizer meta-llama/Llama-3.1-8B
     python prepare.py --dataset fineweb --num_tokens 100e9 --language en --dedup near
     python prepare.py --dataset pile --shard_tokens 1e9    # train_000.bin, train_001.bin, …
     python prepare.py --list | --dataset pile --estimate | --inspect data/pile
@@ -43,7 +43,7 @@ from folder import Folder, Seen, Writer, changed_file, file_list, read_file_list
 from localfiles import ENDING, text_size, warn
 from preview import SPLITS, announce, describe, estimate, expected_tokens, inspect, show_presets
 from sources import PRESETS, Preset, open_source
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, full_name
 
 DEFAULT_TOKENS = 10_000_000_000  # config/gsa_small.py: 19,000 steps of half a million tokens
 
@@ -58,7 +58,8 @@ class PrepareConfig:
     # read the preset from here: another hub id, or local files of the same columns
     source: str = ""
     name: str = ""  # output folder under data_dir; default: the dataset's short name
-    # gpt2 | cl100k_base | o200k_base | bytes | llama3:PATH | tiktoken:PATH;
+    # gpt2 | cl100k_base | o200k_base | bytes | llama3:PATH | tiktoken:PATH | a Hugging Face model:
+    # its hub id (meta-llama/Llama-3.1-8B), its folder or its tokenizer.json;
     # default: bytes for demo, else gpt2
     tokenizer: str = ""
     # stop after this many tokens, of all machines together: a number such as 10e9, or "all" (or 0);
@@ -105,9 +106,7 @@ class PrepareConfig:
         self.world_size = self.world_size or environment("WORLD_SIZE", 1)
         if not self.tokenizer:
             self.tokenizer = "bytes" if self.dataset == "demo" else "gpt2"
-        kind, _, path = self.tokenizer.partition(":")
-        if kind in ("llama3", "tiktoken"):  # an absolute path holds in any folder
-            self.tokenizer = f"{kind}:{os.path.abspath(path)}"
+        self.tokenizer = full_name(self.tokenizer)
         self.text_column = self.text_column or self.preset.column
         self.config = self.config or self.preset.config
         self.split = self.split or self.preset.split

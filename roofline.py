@@ -9,7 +9,6 @@ takes at least as long as the busiest resource of the chip does at its peak rate
 overlaps between stages. None of the results is a measured speed.
 """
 import math
-import os
 from collections import defaultdict
 
 import torch

@@ -100,6 +100,7 @@ def generate(model, prompts, max_new_tokens, draw=draw_token, separator=None):
 @dataclass
 class SampleConfig:
     out_dir: str = "out"  # folder of the checkpoint
+    checkpoint: str = "last"  # last | best (lowest validation loss) | a step
     start: str = ""  # the prompt, or FILE:path; empty = the beginning of a document
     num_samples: int = 3
     max_new_tokens: int = 300
@@ -144,7 +145,7 @@ def sample(cfg, out=sys.stdout):
     where the context is full.
     """
     device = use_device(cfg.device)
-    model, checkpoint = load_model(cfg.out_dir, device, cfg.backend)
+    model, checkpoint = load_model(cfg.out_dir, device, cfg.backend, cfg.checkpoint)
     tokenizer = open_tokenizer(checkpoint["meta"], cfg.tokenizer)
     text = read_prompt(cfg.start)
     prompt = [tokenizer.separator]  # a document starts at a separator

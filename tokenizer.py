@@ -1,13 +1,15 @@
 """
 Text to token ids and back.
 
-    tokenizer = Tokenizer("bytes")     # or "gpt2", "llama3:/path/tokenizer.model", …
+    tokenizer = Tokenizer("bytes")     # or "gpt2", "meta-llama/Llama-3.1-8B", …
     tokenizer.encode("Hi")             # -> array([72, 105])
     tokenizer.decode([72, 105])        # -> "Hi"
 """
 import base64
+import difflib
 import functools
 import hashlib
+import os
 import re
 
 import numpy as np
@@ -78,15 +80,45 @@ def _cut_blanks(text, longest=10_000):
     return [text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]
 
 
+def full_name(given):
+    """
+    What names a tokenizer, as it is stored: paths are absolute, since those hold in any folder.
+    "models/llama" -> "hf:/home/me/models/llama", "meta-llama/Llama-3.1-8B" ->
+    "hf:meta-llama/Llama-3.1-8B" if there is no such folder. Raises UserError.
+    """
+    known = ["bytes", *tiktoken.list_encoding_names()]
+    if given in known:
+        return given
+    kind, _, path = given.partition(":")
+    if kind in ("llama3", "tiktoken"):
+        return f"{kind}:{os.path.abspath(path)}"
+    place = path if kind == "hf" else given
+    if os.path.exists(place):
+        return f"hf:{os.path.abspath(place)}"
+    hub_id = r"\w[\w.-]*/\w[\w.-]*"
+    if re.fullmatch(f"{hub_id}|hf:([^/]+|{hub_id})", given):  # a few old models have no owner
+        return f"hf:{place}"
+    if kind == "hf":
+        raise UserError(f"tokenizer {place!r} is not there: bring it back, or name another place "
+                        "(--tokenizer=FOLDER)")
+    near = difflib.get_close_matches(given, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"tokenizer {given!r} is not one of {', '.join(known)}, llama3:PATH, "
+                    "tiktoken:PATH, nor a Hugging Face model: a folder or a tokenizer.json that is "
+                    f"there, or owner/name{hint}")
+
+
 class Tokenizer:
     """
-    A tiktoken encoding plus a separator id. Text that spells a special token is ordinary text.
+    An encoding plus a separator id. Text that spells a special token is ordinary text.
 
-    name: "bytes" (id = byte, separator 256, no network), a name that tiktoken knows ("gpt2"), or
-    "llama3:PATH" or "tiktoken:PATH", a file of token ranks. Raises UserError.
+    name: "bytes" (id = byte, separator 256, no network); a name that tiktoken knows ("gpt2");
+    "llama3:PATH" or "tiktoken:PATH", a file of token ranks; or a Hugging Face model (tokenizer_hf):
+    a folder, a tokenizer.json, or an id of the hub. Raises UserError.
     """
 
     def __init__(self, name):
+        name = full_name(name)
         self.name = name
         if name == "bytes":
             ranks = {bytes([i]): i for i in range(256)}
@@ -94,11 +126,10 @@ class Tokenizer:
                                          special_tokens={"<|endoftext|>": 256})
         elif name.startswith(("llama3:", "tiktoken:")):
             self.enc = _rank_file_encoding(name)
+        elif name.startswith("hf:"):
+            from tokenizer_hf import HubEncoding  # an optional package
+            self.enc = HubEncoding(name.removeprefix("hf:"))
         else:
-            known = tiktoken.list_encoding_names()
-            if name not in known:
-                names = ["bytes", "llama3:PATH", "tiktoken:PATH"] + known
-                raise UserError(f"tokenizer {name!r} is not one of {', '.join(names)}")
             try:
                 self.enc = tiktoken.get_encoding(name)
             except (OSError, ValueError):  # no network; a download with a wrong hash
@@ -106,8 +137,11 @@ class Tokenizer:
                     f"tokenizer {name!r} must be downloaded once and cannot be: "
                     "use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to a folder "
                     "filled on a machine with network") from None
-        end = "<|end_of_text|>" if name.startswith("llama3:") else "<|endoftext|>"
-        self.separator = self.enc.encode_single_token(end)
+        if name.startswith("hf:"):
+            self.separator = self.enc.separator
+        else:
+            end = "<|end_of_text|>" if name.startswith("llama3:") else "<|endoftext|>"
+            self.separator = self.enc.encode_single_token(end)
         self.vocab_size = self.enc.n_vocab
         self.dtype = np.dtype("uint16" if self.vocab_size <= 1 << 16 else "uint32")
 
@@ -115,6 +149,8 @@ class Tokenizer:
         """str (no lone surrogates) -> 1-D numpy array of ids."""
         if self.name == "bytes":
             return np.frombuffer(text.encode(), dtype=np.uint8)
+        if self.name.startswith("hf:"):
+            return self.enc.encode_to_numpy(text)
         pieces = [self.enc.encode_to_numpy(p, disallowed_special=()) for p in _cut_blanks(text)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

@@ -16,7 +16,6 @@ import contextlib
 import math
 import os
 import signal
-import time
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -25,20 +24,23 @@ from torch.nn.parallel import DistributedDataParallel
 import checks
 from attention import document_starts
 from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, find_data,
-                        load_checkpoint, load_start, load_weights, model_config, not_finite,
-                        read_checkpoint, record_loss, save_checkpoint,
+                        model_config, read_checkpoint, record_loss, save_checkpoint,
                         save_divided_checkpoint)
-from configurator import UserError, check_ranges, duration, flags, parse, run, say, to_json
-from data import Batches, Data, differences
+from configurator import UserError, check_ranges, flags, parse, run
+from dashboards import check_extras
+from data import Batches, Data, Prefetch, differences
 from device import check_backend, check_compiler, check_dtype, precision
-from measure import flops_per_token, peak_flops
+from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
 from optim import load_optimizers, make_optimizers, optimizer_tensors
-from outdir import holds_checkpoint, open_log, prepare_folder, run_folder
+from outdir import open_log, prepare_folder, run_folder
 from plan import dry_run
 from ranks import Ranks
+from report import Reporter
+from retrofit import check_start, load_start, open_gates_and_load, where_to_begin
 from sharding import average_whole_gradients, clip, shard, synchronize
 from stability import Stability
+from weights import load_weights, not_finite
 
 
 @dataclass
@@ -47,16 +49,17 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     # data and output
     data: str = "data/slimpajama"  # a folder written by prepare.py
     out_dir: str = "out"  # checkpoints, log.jsonl, config.json
-    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint) | another
-    # run's out_dir, whose weights the run starts with | auto:START (resume, else START). If they
-    # are those of a dense model and this one has an indexer, warm-up trains the indexer alone
+    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint)
+    # | hf:PATH_OR_ID (a Hugging Face model) or another run's out_dir, whose weights it starts with
+    # | auto:START (resume, else START).
+    # If the weights are a dense model's and this one has an indexer, warm-up trains that alone
     init_from: str = "scratch"
     overwrite: bool = False  # a new run deletes the run that out_dir holds
     keep: int = 2  # checkpoints: the last so many stay, and the best
 
     # model
     attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets switches that are not given
-    vocab_size: int = 0  # 0 = the data's
+    vocab_size: int = 0  # 0 = the data's; more are never output in training, but cost memory
     doc_mask: bool = True  # attention stops at document boundaries
 
     # optimization
@@ -86,6 +89,10 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     log_interval: int = 10
     eval_interval: int = 250  # steps; the checkpoint is written at the same steps, and at the end
     eval_iters: int = 20  # micro-batches of val.bin
+    plot: bool = True  # draw out_dir/curves.png at each evaluation, if matplotlib is installed
+    tensorboard: bool = False  # into out_dir/tensorboard
+    wandb: bool = False
+    wandb_project: str = "nanogsa"
 
     # system
     device: str = ""  # default: cuda if there is one, else cpu
@@ -132,8 +139,9 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 MAY_CHANGE = set(
     "out_dir init_from overwrite keep data max_iters learning_rate min_lr warmup_iters "
     "weight_decay beta1 beta2 grad_clip max_skips index_warmup_iters index_lr_mult "
-    "index_grad_clip index_loss_weight log_interval eval_interval eval_iters device backend dtype "
-    "compile activation_checkpointing fsdp dry_run gpus gpu assumed_mfu".split())
+    "index_grad_clip index_loss_weight log_interval eval_interval eval_iters plot tensorboard "
+    "wandb wandb_project device backend dtype compile activation_checkpointing fsdp dry_run gpus "
+    "gpu assumed_mfu".split())
 RETIRED = {"retrofit_from"}  # settings of older versions
 # The model settings that may differ from those of the weights that a new run starts with: the
 # context, and what the run adds or chooses by itself. The others decide what the weights mean.
@@ -183,7 +191,7 @@ def started_settings(start, given):
     The settings of a new run that begins with other weights: the shape of their model, and what is
     given now. Raises UserError if a setting is given that contradicts the weights.
     """
-    shape = {name: value for name, value in start["model_config"].items() if name != "vocab_size"}
+    shape = start["model_config"]
     if given.get("attention", TrainConfig.attention) != start["config"].get("attention"):
         switches = set(ARMS["gsa"]) | set(ARMS["sparse"])
         shape = {name: value for name, value in shape.items() if name not in switches}
@@ -228,10 +236,11 @@ class Run:
         check_backend(cfg.backend, self.device)
         if cfg.compile:
             check_compiler()
+        check_extras(cfg)
         # 2. data
         data = Data(cfg.data)
-        if cfg.vocab_size not in (0, data.vocab_size):
-            raise UserError(f"vocab_size {cfg.vocab_size} disagrees with "
+        if 0 < cfg.vocab_size < data.vocab_size:
+            raise UserError(f"vocab_size {cfg.vocab_size} is less than "
                             f"the {data.vocab_size} of {cfg.data}")
         self.meta = data.meta
         self.batches = {}
@@ -241,13 +250,13 @@ class Run:
         # 3. model
         torch.manual_seed(cfg.seed)
         self.autocast = precision(self.device, cfg.dtype)
-        self.raw = GSA(cfg.model_config(data.vocab_size), cfg.backend)
+        self.raw = GSA(cfg.model_config(cfg.vocab_size or data.vocab_size), cfg.backend)
         self.step = 0
         self.stability = Stability()
         self.retrofit = False  # were the gates and the indexer added to a dense model?
         if start:
-            check_vocabulary(start, data.meta, cfg.data)
-            self.retrofit = load_start(self.raw, start["model"], start["path"])
+            check_start(start, data.meta, cfg.data)
+            self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
         if checkpoint:
             check_vocabulary(checkpoint, data.meta, cfg.data)
             if not new_data:
@@ -276,14 +285,11 @@ class Run:
         if checkpoint:
             load_optimizers(self.optimizers, self.raw, checkpoint["optimizer"],
                             checkpoint["path"], partly=self.retrofit)
-        # 5. for the reports
-        self.log = None  # rank 0's log.jsonl, while train() runs
-        self.evaluated = 0  # the step of the last evaluation in it
+        # 5. reports, and where micro-batches come from
+        self.reporter = Reporter(cfg, self.device, ranks.world, log=None, step=0)  # see open()
+        self.evaluated = 0  # the step of the last evaluation in the log
         self.pending = []  # (loss, index loss, skipped?, gradient norms) of steps not yet reported
-        self.step_tokens = cfg.batch_size * cfg.block_size * cfg.grad_accum
-        self.interval_steps = 0  # since the last report
-        self.interval_seconds = 0.0
-        self.phase = None  # (warm-up?, window length)
+        self.loader = self.batches["train"]
 
     def set_up(self):
         """
@@ -318,42 +324,47 @@ class Run:
         """
         cfg = self.cfg
         with contextlib.ExitStack() as closing:
-            # 1. the folder, and the first line
-            self.ranks.on_rank_0(prepare_folder, cfg.out_dir, asdict(cfg), self.step,
-                                 cfg.overwrite, cfg.init_from.startswith("auto"))
-            if self.ranks.rank == 0:
-                path = os.path.join(cfg.out_dir, "log.jsonl")
-                self.log, self.evaluated = open_log(path, self.step)
-                closing.callback(self.log.close)
+            # 1. the folder, the log, and the first line
+            self.ranks.on_rank_0(self.open, closing)
             self.greet()
-            self.began = time.time()
+            if self.device.startswith("cuda"):
+                self.loader = closing.enter_context(Prefetch(self.loader, self.ranks.world))
             # 2. the loop
             while True:
                 stop = self.ranks.any(self.stop.received)
                 done = self.step >= cfg.max_iters
                 due = done or (self.step and self.step % cfg.eval_interval == 0)
-                if (stop or due) and self.step != self.saved_step:
-                    self.save()
+                metrics = None
+                if stop or due:
+                    with self.reporter.pause():
+                        if self.step != self.saved_step:
+                            self.save()
+                        if not stop:
+                            metrics = self.evaluate()
                 if stop:
-                    self.say(f"stopped at step {self.step}, {self.what_is_saved()}")
+                    self.reporter.say(f"stopped at step {self.step}, {self.what_is_saved()}")
                     return None
-                if due:
-                    metrics = self.evaluate()
-                    if metrics is None:
-                        continue  # a signal came: the next round ends the run
-                    if done:
-                        return metrics
-                self.optimize()
+                if done and metrics:
+                    return metrics
+                # without metrics a signal has come, and the next round ends the run
+                if metrics or not due:
+                    self.optimize()
+
+    def open(self, closing):
+        """Rank 0 makes out_dir ready and opens the reports, until `closing` closes."""
+        cfg = self.cfg
+        restart = cfg.init_from.startswith("auto")
+        prepare_folder(cfg.out_dir, asdict(cfg), self.step, cfg.overwrite, restart)
+        log, self.evaluated = open_log(os.path.join(cfg.out_dir, "log.jsonl"), self.step)
+        closing.callback(log.close)
+        reporter = Reporter(cfg, self.device, self.ranks.world, log, self.step)
+        self.reporter = closing.enter_context(reporter)
 
     def greet(self):
         """The first line: the model's size, the tokens, the machine."""
-        cfg = self.cfg
-        n = sum(p.numel() for p in self.raw.parameters())
-        available = self.batches["train"].n * cfg.block_size
         kind = "bfloat16" if self.in_bf16() else "float32"
-        self.say(f"{n / 1e6:.2f}M parameters, "
-                 f"{cfg.max_iters * self.step_tokens:,} tokens of {available:,} in {cfg.data}, "
-                 f"{self.ranks.world} × {self.device}, {kind}")
+        self.reporter.greet(sum(p.numel() for p in self.raw.parameters()),
+                            self.batches["train"].n * self.cfg.block_size, kind)
 
     def in_bf16(self):
         with self.autocast:
@@ -375,14 +386,9 @@ class Run:
         every log_interval a report.
         """
         cfg = self.cfg
-        start = time.time()
         warmup = self.in_warmup()
         length = cfg.short_block if self.step < cfg.short_iters else cfg.block_size
         logged = (self.step + 1) % cfg.log_interval == 0 or self.step == 0
-        if self.phase != (warmup, length):
-            self.phase = (warmup, length)
-            self.phase_began = start
-            self.phase_first = self.step
         if self.indexer_alone and not warmup:
             self.set_up()
         # 1. learning rates
@@ -395,7 +401,7 @@ class Run:
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
             m = self.step * cfg.grad_accum + micro * self.ranks.world + self.ranks.rank
-            idx, targets = self.batches["train"].train(m, self.device, length)
+            idx, targets = self.loader.train(m, self.device, length)
             if self.ranks.world > 1:
                 synchronize(self.model, last)
             with self.autocast:
@@ -419,15 +425,14 @@ class Run:
         self.step += 1
         self.pending.append(torch.cat((losses, skip[None], norms)))
         # 4. report
-        self.interval_steps += 1
         if logged:
             values = self.count_steps()
             if cfg.sparse:
+                values["phase"] = "warm-up" if warmup else "sparse"
                 values |= self.mean_over_ranks({"recall": out.stats["recall"].float().mean(),
                                                 "k_t": out.stats["k_t"].float().mean()})
-        self.interval_seconds += time.time() - start
-        if logged:
-            self.report(values, lr)
+            self.reporter.step(self.step, lr=lr, **values,
+                               flops_per_token=flops_per_token(self.raw, length, warmup=warmup))
 
     def clip(self):
         """
@@ -456,14 +461,15 @@ class Run:
             rows = self.ranks.mean(rows).tolist()
             for step, (loss, index_loss, skip, norm, index_norm) in enumerate(rows, first):
                 if self.stability.observe(loss, skip > 0):
-                    self.record("spike", step=step, loss=loss)
-                values = {"loss": loss, "index_loss": index_loss, "grad_norm": norm,
-                          "index_grad_norm": index_norm}
-        if self.stability.in_a_row >= self.cfg.max_skips:
-            raise UserError(f"the loss or a gradient is not finite in {self.stability.in_a_row} "
-                            f"steps in a row, the last is step {self.step}: the run stops, "
-                            f"{self.what_is_saved()}. A lower learning_rate or a longer "
-                            "warmup_iters may help")
+                    self.reporter.record("spike", step, loss=loss)
+                if self.stability.in_a_row >= self.cfg.max_skips:
+                    raise UserError(f"the loss or a gradient is not finite in {self.cfg.max_skips} "
+                                    f"steps in a row, the last is step {step}: the run stops, "
+                                    f"{self.what_is_saved()}. A lower learning_rate or a longer "
+                                    "warmup_iters may help")
+                values = {"loss": loss, "grad_norm": norm}
+                if self.cfg.sparse:
+                    values |= {"index_loss": index_loss, "index_grad_norm": index_norm}
         return values | {"skipped": self.stability.skipped, "spikes": self.stability.spikes}
 
     # ---- evaluation and checkpoint
@@ -494,7 +500,9 @@ class Run:
             values = {"loss": out.loss}
             if cfg.sparse:
                 values["index_loss"] = out.index_loss
-            values.update(out.stats)
+            for name, x in out.stats.items():  # (n_layer,)
+                values[name] = x
+                values |= {f"{name}/{layer}": x[layer] for layer in range(len(x))}
             for name, x in values.items():
                 sums[name] = sums.get(name, 0) + counts * x.float().mean().double()
             sums["batches"] += counts
@@ -504,9 +512,8 @@ class Run:
         metrics = {name: x / batches for name, x in means.items()}
         meta = self.meta["val"]
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / (meta["bytes"] / meta["tokens"])
-        self.say(f"step {self.step}: " + ", ".join(f"val {k} {v:.4g}" for k, v in metrics.items()))
-        if self.step > self.evaluated:  # else the log has it from before this run was resumed
-            self.record("eval", **metrics)
+        # a resumed run may have evaluated this step before
+        self.reporter.evaluation(self.step, metrics, record=self.step > self.evaluated)
         self.ranks.on_rank_0(record_loss, cfg.out_dir, self.step, metrics["loss"])
         return metrics
 
@@ -538,47 +545,7 @@ class Run:
             return "no checkpoint was written"
         return f"the last checkpoint in {self.cfg.out_dir} is that of step {self.saved_step}"
 
-    # ---- reports
-
-    def report(self, values, lr):
-        """
-        Print and record a training step. values: loss, index_loss and, of a sparse model, recall
-        and k_t.
-        """
-        warmup, length = self.phase
-        # 1. speed since the last report, evaluations left out
-        speed = self.interval_steps * self.step_tokens / self.interval_seconds
-        self.interval_steps = 0
-        self.interval_seconds = 0.0
-        # 2. the line
-        line = {"loss": values["loss"], "lr": lr, "tokens_per_second": speed}
-        if self.cfg.sparse:
-            line["index_loss"] = values["index_loss"]
-            line["phase"] = "warm-up" if warmup else "sparse"
-            line["recall"] = values["recall"]
-            line["k_t"] = values["k_t"]
-        peak = peak_flops(self.device)
-        if peak:
-            flops = speed * flops_per_token(self.raw, length, warmup=warmup)
-            line["mfu"] = flops / (peak * self.ranks.world)
-        # 3. time left, if every step takes as long as those of this phase, evaluations included
-        now = time.time()
-        step_seconds = (now - self.phase_began) / (self.step - self.phase_first)
-        left = step_seconds * (self.cfg.max_iters - self.step)
-        shown = [f"{k} {v}" if isinstance(v, str) else f"{k} {v:.4g}" for k, v in line.items()]
-        self.say(f"step {self.step}: {', '.join(shown)}, "
-                 f"{duration(now - self.began)}, {duration(left)} left")
-        self.record("train", **line, seconds=now - self.began)
-
-    def record(self, kind, **values):
-        """Add a line to log.jsonl."""
-        if self.log:
-            self.log.write(to_json({"kind": kind, "step": self.step, **values}) + "\n")
-            self.log.flush()
-
-    def say(self, line):
-        if self.ranks.rank == 0:
-            say(line)
+    # ---- several ranks
 
     def mean_over_ranks(self, values):
         """{name: 0-dim tensor} -> {name: float}, the mean over the ranks."""
@@ -626,7 +593,7 @@ def main(argv):
     if given.get("dry_run"):
         begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
         checkpoint = load_checkpoint(out_dir) if begin == "resume" else None
-        start = None if begin in ("scratch", "resume") else load_checkpoint(begin)
+        start = None if begin in ("scratch", "resume") else load_start(begin)
         return dry_run(settings(argv, checkpoint, start))
     device = given.get("device", TrainConfig.device)
     with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
@@ -635,7 +602,7 @@ def main(argv):
         if begin == "resume":
             checkpoint = read_checkpoint(ranks.on_rank_0(find_checkpoint, out_dir))
         elif begin != "scratch":
-            start = load_checkpoint(begin)
+            start = load_start(begin)
         # A config file always names its data, and so does a command that is simply repeated (auto):
         # only a flag beside "resume" asks for other tokens
         new_data = given.get("init_from") == "resume" and "data" in flags(argv)
@@ -644,14 +611,6 @@ def main(argv):
         Run(cfg, ranks, stop, checkpoint, start, new_data).train()
     if stop.interrupted:
         raise SystemExit(130)
-
-
-def where_to_begin(init_from, out_dir):
-    """"scratch", "resume" or the folder of another run; "auto" is decided."""
-    choice, _, otherwise = init_from.partition(":")
-    if choice != "auto":
-        return init_from
-    return "resume" if holds_checkpoint(out_dir) else otherwise or "scratch"
 
 
 if __name__ == "__main__":

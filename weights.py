@@ -21,6 +21,7 @@ import torch
 import xxhash  # comes with datasets
 
 from configurator import UserError
+from sharding import whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -136,3 +137,45 @@ def checksum(path):
         while part := f.read(1 << 24):
             digest.update(part)
     return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Into a model
+
+def load_weights(model, weights, where, may_lack=()):
+    """
+    Copy {name: tensor} into a model of the same parameters and buffers. may_lack: names that may be
+    missing; the model keeps what it has there. where: the weights' origin, for the message.
+    Raises UserError, with the differences, where they do not fit or are not finite; the model is
+    unchanged then.
+    """
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights and name not in may_lack]
+    for name, x in weights.items():
+        if name not in own:
+            wrong.append(f"{name} has no place in it")
+        elif not isinstance(x, torch.Tensor):  # a ckpt.pt may hold anything
+            wrong.append(f"{name} is no tensor")
+        elif x.shape != own[name].shape:
+            wrong.append(f"{name} is {tuple(x.shape)}, not {tuple(own[name].shape)}")
+    refuse(where, wrong)
+    name = not_finite(weights)
+    if name:
+        raise UserError(f"{where} holds numbers that are not finite ({name}): "
+                        "the training that wrote it had failed")
+    model.load_state_dict(weights, strict=False)
+
+
+def refuse(where, wrong):
+    """Raise UserError with the first entries of a list of what is wrong, if there is any."""
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{where} does not fit the model: {', '.join(wrong[:3])}{more}")
+
+
+def not_finite(tensors):
+    """The name of the first of {name: tensor} with a NaN or infinity in it, or ""."""
+    for name, x in tensors.items():
+        if not whole(torch.isfinite(x).all()):
+            return name
+    return ""

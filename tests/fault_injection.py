@@ -54,7 +54,8 @@ DOCS = [f"document {i}: " + "a few words more " * (i % 40) for i in range(1500)]
 TRAIN = ["--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--block_size=32",
          "--n_index_head=2", "--d_index=8", "--k_base=8", "--k_min=4", "--k_max=12",
          "--batch_size=2", "--index_warmup_iters=3", "--warmup_iters=2",
-         "--eval_iters=1", "--log_interval=1", "--eval_interval=2", "--device=cpu"]
+         "--eval_iters=1", "--log_interval=1", "--eval_interval=2", "--plot=false",
+         "--device=cpu"]
 
 
 # ---- the project and its commands

@@ -19,8 +19,9 @@ SHARED = {80: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 def compiled(sm):
-    """bench.compile_report for one compute capability, in a process of its own."""
-    code = f"import json, bench; print(json.dumps(list(bench.compile_report([{sm}]))))"
+    """bench_compile.compile_report for one compute capability, in a process of its own."""
+    code = ("import json, bench_compile; "
+            f"print(json.dumps(list(bench_compile.compile_report([{sm}]))))")
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=COMPILING, capture_output=True, text=True,
                           timeout=280)

@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, fields
 import pytest
 import torch
 
+import attention
 import bench
+import bench_train
 import eval as evaluation
+import export
 import prepare
 import sample
 import train
@@ -28,6 +31,7 @@ CONFIGS = {
     "train.py": train.TrainConfig,
     "sample.py": sample.SampleConfig,
     "eval.py": evaluation.EvalConfig,
+    "model.py": export.ExportConfig,
     "bench.py": bench.BenchConfig,
 }
 MAINS = {
@@ -35,6 +39,7 @@ MAINS = {
     "train.py": train.main,
     "sample.py": sample.main,
     "eval.py": evaluation.main,
+    "model.py": export.main,
 }
 
 
@@ -181,9 +186,10 @@ DATA = "--data={f}/data/demo"
     ("train.py", [DATA, "--k_min=900", "--k_max=800"], "k_min 900 is larger than k_max 800"),
     ("train.py", [DATA, "--block_size=100000"], "block_size 100000 is larger than the data"),
     ("train.py", ["--data={f}/none"], "run prepare.py"),
-    ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 disagrees"),
+    ("train.py", [DATA, "--vocab_size=99"], "vocab_size 99 is less than"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/none"], "there is no checkpoint"),
     ("train.py", [DATA, "--init_from=resume", "--out_dir={f}/out", "--n_layer=2"], "another model"),
+    ("train.py", [DATA, "--init_from=resme"], "'resme' is not one of scratch, resume, auto"),
     ("train.py", [DATA, "--attention=sprase"], "arm 'sprase' is not one of"),
     ("train.py", [DATA, "--backend=triton", "--out_dir={f}/new"], "backend 'triton' needs a GPU"),
     ("sample.py", ["--out_dir={f}/none"], "there is no checkpoint"),
@@ -191,7 +197,7 @@ DATA = "--data={f}/data/demo"
      "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
     ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
-    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "must lie in the model's context"),
+    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "model's context, 1 to 128: --block_size"),
     ("eval.py", ["--out_dir={f}/out", "--data={f}/other"], "the model reads bytes tokens"),
     ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
 ])
@@ -218,7 +224,7 @@ def test_bad_input_is_one_line_and_a_failing_exit(ready, capsys, script, args, m
 def make_bad_files(folder):
     """broken/: half a checkpoint; other/: data of another tokenizer."""
     os.makedirs(folder / "broken", exist_ok=True)
-    (folder / "broken/ckpt.pt").write_bytes((folder / "out/ckpt.pt").read_bytes()[:5000])
+    (folder / "broken/ckpt.pt").write_bytes(b"PK" + bytes(5000))
     if (folder / "other").exists():
         return
     source = folder / "a.jsonl"
@@ -290,13 +296,89 @@ def test_scripts_import_without_triton_or_arguments():
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_bench_gpu_dry_run(tmp_path, capsys):
     """Every line of bench.py --gpu but the device: kernels checked, then timed."""
-    bench.main(["--gpu", "--dry_run", "--forward=20", "--train=20", "--decode=30",
+    bench.main(["--gpu", "--dry_run", "--forward=20", "--backward=20", "--decode=30",
                 f"--json={tmp_path}/b.json"])
     report = json.loads((tmp_path / "b.json").read_text())
     rows = [(r["what"], r["T"]) for r in report["rows"]]
-    assert rows == [("forward", 20), ("train", 20), ("decode", 30)]
+    assert rows == [("forward", 20), ("backward", 20), ("decode", 30)]
     assert set(report["errors"]) == set("o loss dq dk dv diq dik diw dib dtau".split())
     assert report["device"] == "CPU, Triton's interpreter"
+
+
+TINY = ("--train --n_layer=1 --n_head=2 --n_kv_head=1 --d_head=8 --n_index_head=1 --d_index=4 "
+        "--k=6 --vocab_size=64 --block_size=32 --batch_size=2 --repeats=2").split()
+
+
+def tiny_bench(*flags):
+    bench.main([*TINY, f"--threads={torch.get_num_threads()}", *flags])
+
+
+def test_bench_train_times_every_step_and_compares_steps_of_one_round(tmp_path):
+    tiny_bench(f"--json={tmp_path}/b.json")
+    rows = {r["step"]: r for r in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    assert list(rows) == ["plain"] + [part.name for part in bench_train.PARTS]
+    dense = rows["dense"]["ms"]
+    for row in list(rows.values())[1:]:
+        without = rows[row["compared_with"]]["ms"]
+        shares = [(a - b) / c for a, b, c in zip(row["ms"], without, dense, strict=True)]
+        assert row["adds"][0] == pytest.approx(sum(shares) / 2)  # the median of two rounds
+    speeds = [a / b for a, b in zip(rows["plain"]["ms"], dense)]
+    assert rows["dense"]["speed_over_plain"][0] == pytest.approx(sum(speeds) / 2)
+
+
+def skip_the_update(self):
+    self.step += 1
+
+
+@pytest.mark.parametrize("owner,name,wrong,message", [
+    (bench_train, "rotate", lambda x, cos, sin: x, "after 0 steps"),
+    (bench_train.PlainRun, "optimize", skip_the_update, "after 2 steps"),
+])
+def test_bench_train_times_nothing_where_the_plain_model_differs(monkeypatch, owner, name, wrong,
+                                                                 message):
+    monkeypatch.setattr(owner, name, wrong)
+    monkeypatch.setattr(bench_train, "time_in_turn", None)
+    with pytest.raises(UserError, match=f"{message} .*nothing was timed"):
+        tiny_bench()
+
+
+def test_bench_train_refuses_models_of_different_size(monkeypatch):
+    monkeypatch.setattr(bench_train, "time_in_turn", None)
+    with pytest.raises(UserError, match="has .* parameters .*nothing was timed"):
+        tiny_bench("--vocab_size=65")  # the dense arm rounds up to 128 rows
+
+
+def test_each_step_of_bench_train_computes_its_own_parts_only(tmp_path, monkeypatch):
+    settings = parse(bench.BenchConfig, TINY)
+    runs = bench_train.make_runs(bench.BenchConfig(**settings), str(tmp_path))
+    called = []
+    for run in runs.values():
+        run.optimize()  # what is remembered is computed in the first step
+        for block in run.raw.blocks:
+            for name, linear in block.named_modules():
+                if name == "attn.indexer.wq":
+                    linear.register_forward_hook(lambda *_: called.append("projections"))
+
+    def watch(name):
+        function = getattr(attention, name)
+
+        def watched(*args, **how):
+            called.append(name)
+            return function(*args, **how)
+        monkeypatch.setattr(attention, name, watched)
+    for name in ("sparse_attention", "select", "score_variance", "index_loss"):
+        watch(name)
+    expected = {
+        "sparse attention": {"sparse_attention"},
+        "indexer": {"sparse_attention", "projections"},
+        "selection": {"sparse_attention", "projections", "select"},
+        "index loss": {"sparse_attention", "projections", "select", "index_loss"},
+        "warm-up phase": {"sparse_attention", "projections", "score_variance", "index_loss"},
+    }
+    for name, run in runs.items():
+        called.clear()
+        run.optimize()
+        assert set(called) == expected.get(name, set()), name
 
 
 def test_bench_roofline(capsys):

@@ -42,7 +42,7 @@ from tokenizer import Tokenizer
 TINY = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=32, n_index_head=2, d_index=8,
             k_base=8, k_min=4, k_max=12, batch_size=2, index_warmup_iters=2, warmup_iters=2,
             learning_rate=3e-3, min_lr=1e-4, eval_iters=1, log_interval=1, eval_interval=2,
-            max_iters=4, device="cpu")
+            max_iters=4, device="cpu", plot=False)
 DOCS = [f"document {i} with a few words " * (i % 5 + 1) for i in range(200)]
 
 
@@ -397,7 +397,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_never_reaches_the_checkpoin
 
 
 def as_old_version(out, **changes):
-    """Replace a run's checkpoints by the ckpt.pt that older versions wrote, some entries changed."""
+    """Replace a run's checkpoints by an older version's ckpt.pt, some entries changed."""
     saved = load_checkpoint(str(out))
     cfg = train.settings([], saved)
     training = train.Run(cfg, Ranks("cpu"), train.StopSignal(), saved)
@@ -980,7 +980,6 @@ class RankOf(Ranks):
 def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path):
     """Three batches on one to five ranks."""
     run = train.Run(config(demo, tmp_path, eval_iters=3), Ranks("cpu"), train.StopSignal())
-    run.say = lambda line: None
     os.makedirs(tmp_path / "step_00000000")
     sums = {}
     for world in (1, 2, 3, 4, 5):

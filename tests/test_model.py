@@ -724,11 +724,16 @@ def test_flops_of_four_tokens():
 
 @arms
 @pytest.mark.parametrize("warmup", [False, True])
-def test_flops_are_those_of_a_loop_over_positions(arm, warmup):
-    """Every pair of query and key counted one by one; the default context is block_size."""
-    model = build(arm, trained=False)
+@pytest.mark.parametrize("dims", [{}, dict(d_head=12, d_mlp=50, tie_embed=False, qkv_bias=True)])
+def test_flops_are_those_of_a_loop_over_positions(arm, warmup, dims):
+    """
+    Every pair of query and key counted one by one; the default context is block_size.
+    An embedding that is not the output projection too is looked up, not multiplied with.
+    """
+    model = build(arm, trained=False, **dims)
     config = model.config
-    matrices = matrix_parameters(model)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1
+                   and (config.tie_embed or name != "embed.weight"))
     score = 2 * config.n_index_head * config.d_index if config.sparse else 0
     for T in (1, 11, 12, 13, 100, None):
         context = T or config.block_size
@@ -772,9 +777,9 @@ def test_every_number_of_the_config_has_a_legal_range(name):
     bad = [math.nan, math.inf, -math.inf, True, "8", None]
     if GSAConfig.__dataclass_fields__[name].type is int:
         bad += [-1, 8.0]
-        if name not in ("n_sink", "n_local"):
+        if name not in ("d_head", "d_mlp", "n_sink", "n_local"):
             bad.append(0)
-    if name == "rope_base":
+    if name in ("rope_base", "norm_eps"):
         bad += [0, 0.0, -1.0]
     for value in bad:
         with pytest.raises(ValueError, match=name) as error:

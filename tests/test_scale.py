@@ -132,6 +132,7 @@ def random_plan(rng, **settings):
         n_layer=rng.choice([1, 2, 3]), n_head=G * R, n_kv_head=G, n_embd=G * R * d,
         n_index_head=rng.choice([2, 4]), d_index=16, k_base=10, k_min=4,
         k_max=rng.choice([16, 24]), batch_size=rng.choice([1, 2, 3]), attention=arm,
+        tie_embed=rng.random() < 0.5, qk_norm=rng.random() < 0.5,
         doc_mask=rng.random() < 0.5, dtype=rng.choice(["float32", "bfloat16"]),
         activation_checkpointing=rng.random() < 0.5, short_block=1)
     return train.TrainConfig.arm(arm, **shape | settings)
@@ -159,7 +160,8 @@ def test_the_planned_activations_of_the_triton_path_are_what_its_operations_keep
     for again, dtype in ((False, "bfloat16"), (True, "float32")):
         cfg = random_plan(rng, attention="gsa", sparse=True, value_gate=True, output_gate=True,
                           n_layer=1, n_head=2, n_kv_head=1, n_embd=64, n_index_head=2,
-                          batch_size=1, block_size=16, activation_checkpointing=again, dtype=dtype)
+                          qk_norm=False, batch_size=1, block_size=16, dtype=dtype,
+                          activation_checkpointing=again)
         norms = 1 if again else 2 * cfg.n_layer + 1
         extra = norms * 4 * cfg.n_embd * cfg.block_size
         planned = planned_bytes(cfg, plan.Card("H100", 80e9)) + extra

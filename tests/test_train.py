@@ -23,11 +23,12 @@ import pictures
 import prepare
 import sample as sampling
 import train
-from checkpoint import load_checkpoint, load_model, load_start
+from checkpoint import load_checkpoint, load_model
 from configurator import UserError
 from conftest import ROOT
 from data import Batches, Data
 from ranks import Ranks
+from retrofit import open_gates_and_load
 from tokenizer import Tokenizer
 from model import ARMS, GSA, GSAConfig
 
@@ -35,7 +36,7 @@ TINY = dict(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
     n_index_head=2, d_index=8, k_base=12, k_min=4, k_max=16,
     batch_size=2, index_warmup_iters=3, warmup_iters=2, learning_rate=3e-3,
-    eval_iters=2, log_interval=1, eval_interval=100, device="cpu")
+    eval_iters=2, log_interval=1, eval_interval=100, plot=False, device="cpu")
 SEPARATOR = 256  # of the byte tokenizer
 VOCAB = 257
 
@@ -127,7 +128,8 @@ def test_documents_start_at_separators_in_the_long_windows_and_in_their_pieces(d
             for t, token in enumerate(row):
                 start = t if token == SEPARATOR else start
                 assert starts[t] == start
-    assert train.Run(config(data, tmp_path, doc_mask=False), Ranks("cpu"), train.StopSignal()).doc_start(idx) is None
+    run = train.Run(config(data, tmp_path, doc_mask=False), Ranks("cpu"), train.StopSignal())
+    assert run.doc_start(idx) is None
 
 
 # ---- runs
@@ -303,7 +305,7 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     train.train(config(data, tmp_path / "dense", "dense", max_iters=6))
     dense, checkpoint = load_model(str(tmp_path / "dense"))
     model = GSA(config(data, "").model_config(VOCAB)).eval()
-    assert load_start(model, checkpoint["model"], "it")
+    assert open_gates_and_load(model, checkpoint["model"], "it")
     idx = torch.randint(0, VOCAB, (2, 64))
     torch.testing.assert_close(model(idx, warmup=True).logits, dense(idx).logits,
                                atol=0.02, rtol=0.02)
@@ -316,7 +318,8 @@ def test_retrofit_of_a_dense_checkpoint(data, tmp_path):
     def trained(out_dir):
         """The checkpoint, and the weights that differ from the start, indexer aside."""
         saved = load_checkpoint(str(out_dir))
-        changed = {n for n, p in saved["model"].items() if not torch.equal(p, model.state_dict()[n])}
+        own = model.state_dict()
+        changed = {n for n, p in saved["model"].items() if not torch.equal(p, own[n])}
         return saved, {n for n in changed if ".indexer." not in n}
     retrofit(tmp_path / "3", "--max_iters=3")
     retrofit(tmp_path / "5", "--max_iters=5")

@@ -97,13 +97,15 @@ def kept_by_layer(cfg, config, card):
     # 3. inputs of the linear layers: autocast makes a 16-bit copy of h for each
     kept["inputs"] = C * e * (n_linear + 1 if e == 2 else 2)
     # 4. attention: q, k, v, o, and 4 RoPE tables (T, d/2)
-    kept["attention"] = (2 * H + 2 * G) * d * a + 2 * d * e / B
+    masked = cfg.doc_mask and not cfg.sparse  # PyTorch's attention with a mask (model.py)
+    kv_heads = H if masked and card.on_gpu else G
+    kept["attention"] = (2 * H + 2 * kv_heads) * d * a + 2 * d * e / B
     if a != e:
         kept["attention"] += H * d * e  # o once more, in 16 bits
     if triton or not cfg.sparse:
         kept["attention"] += 4 * H  # LSE
-    if cfg.doc_mask and not cfg.sparse:
-        kept["attention"] += T * e  # the mask of PyTorch's attention, (B, 1, T, T)
+    if masked:
+        kept["attention"] += T * e  # the mask (B, 1, T, T)
     kept["gates"] = 2 * e * d * (G * cfg.value_gate + H * cfg.output_gate)
     # 5. indexer: gradients of q^I, k^I, w, computed with the loss; σ's output; 4 RoPE tables
     if cfg.sparse:

@@ -59,6 +59,7 @@ def shard(model, device, bf16, compiled=False):
     bf16: gather the blocks' matrices in bfloat16, in which autocast would use them anyway.
     compiled: by torch.compile, block by block, since FSDP2 works between the blocks.
     """
+    storage()  # a missing package is better noticed now than at the first checkpoint
     kind = device.split(":")[0]
     how = dict(mesh=init_device_mesh(kind, (dist.get_world_size(),)),
                ignored_params=set(whole_parameters(model)))
@@ -135,9 +136,9 @@ def clip(params, limit):
 def storage():
     """torch.distributed.checkpoint and its safetensors reader and writer. Raises UserError."""
     try:
-        import safetensors  # noqa: F401, torch needs it
+        import safetensors  # noqa: F401, hf_storage needs it
     except ImportError:
-        raise UserError("a sharded checkpoint needs the package safetensors: "
+        raise UserError("the checkpoints of fsdp need the package safetensors: "
                         "pip install safetensors") from None
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import hf_storage

@@ -24,7 +24,7 @@ from conftest import ROOT
 from data import Data
 from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
-from sharding import clip, shard_files
+from sharding import Shards, clip, save_shards, shard_files
 
 
 @pytest.fixture(scope="module")
@@ -381,6 +381,28 @@ def test_a_damaged_or_missing_shard_is_found(runs, tmp_path, capsys):
             path.write_bytes(content)
         assert load_checkpoint(str(folder))["step"] == 6
         assert f"{path.name}" in capsys.readouterr().out
+
+
+def test_shards_that_cannot_be_written_or_read_are_one_line(tmp_path, monkeypatch):
+    tensors = {"model.a": torch.randn(50, 40), "model.b": torch.tensor(3.0),
+               "optimizer.a.step": torch.tensor(7)}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        save_shards(tmp_path / "file" / "x", tensors)
+    folder = tmp_path / "shards"
+    save_shards(folder, tensors)
+    shards = Shards(folder, "model.")
+    assert set(shards) == {"a", "b"}
+    assert torch.equal(shards["a"], tensors["model.a"])
+    assert Shards(folder)["optimizer.a.step"].dtype == torch.int64
+    path = Path(shard_files(str(folder))[0])
+    path.write_bytes(path.read_bytes()[:500])
+    for read in (lambda: shards["a"], lambda: Shards(folder)):
+        with pytest.raises(UserError, match="holds no readable shards: .*"):
+            read()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(UserError, match="pip install safetensors"):
+        Shards(folder)
 
 
 def test_one_rank_cannot_divide_a_model(data, tmp_path):

@@ -197,7 +197,8 @@ DATA = "--data={f}/data/demo"
      "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
     ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
-    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "model's context, 1 to 128: --block_size"),
+    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"],
+     "model's context, 1 to 128: --block_size"),
     ("eval.py", ["--out_dir={f}/out", "--data={f}/other"], "the model reads bytes tokens"),
     ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
 ])

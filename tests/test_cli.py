@@ -142,7 +142,8 @@ def test_readme_commands_parse():
     """Every command line of the README names a script and settings that exist."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    lines = [line.split("#")[0] for block in blocks
+             for line in block.replace("\\\n", " ").splitlines()]
     found = set()
     for line in lines:
         words = shlex.split(line)

@@ -132,4 +132,5 @@ def started_settings(cls, start, given):
     changed = differences({name: shape[name] for name in fixed}, fixed)
     if changed:
         raise UserError(f"{start['path']} does not fit the settings: {changed}")
-    return {**shape, **given}
+    trained = {"index_warmup_iters": 0} if start["model_config"].get("sparse") else {}
+    return {**shape, **trained, **given}

@@ -123,6 +123,8 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
                        "index_loss_weight",
             (0, 0.999999): "beta1 beta2",
             (0, 2**63 - 1): "seed"})
+        if self.min_lr > self.learning_rate:
+            raise UserError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if self.short_iters and self.block_size % self.short_block:
             raise UserError(f"block_size {self.block_size} is not a multiple of "
                             f"short_block {self.short_block}")
@@ -205,7 +207,9 @@ class Run:
         self.retrofit = False  # were the gates and the indexer added to a dense model?
         if start:
             check_start(start, data.meta, cfg.data)
-            self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
+            weights = start.pop("model")  # their memory is free as soon as they are copied
+            self.retrofit = open_gates_and_load(self.raw, weights, start["path"])
+            del weights
         if checkpoint:
             check_vocabulary(checkpoint, data.meta, cfg.data)
             if not new_data:
@@ -232,8 +236,10 @@ class Run:
         self.optimizers = []
         self.set_up()
         if checkpoint:
+            # saved in the warm-up of a retrofit, it has a state for the indexer only
+            partly = self.retrofit and self.step <= old["index_warmup_iters"]
             load_optimizers(self.optimizers, self.raw, checkpoint["optimizer"],
-                            checkpoint["path"], partly=self.retrofit)
+                            checkpoint["path"], partly)
         # 5. reports, and where micro-batches come from
         self.reporter = Reporter(cfg, self.device, ranks.world, log=None, step=0)  # see open()
         self.evaluated = 0  # the step of the last evaluation in the log
@@ -250,6 +256,9 @@ class Run:
         for name, p in self.raw.named_parameters():
             p.requires_grad_(not self.indexer_alone or ".indexer." in name)
         # 2. optimizers
+        if self.cfg.fsdp:
+            for block in self.raw.blocks:  # a block that is not trained is not gathered backwards
+                block.set_unshard_in_backward(not self.indexer_alone)
         state = optimizer_tensors(self.optimizers, self.raw)
         self.optimizers = make_optimizers(self.raw, self.cfg)
         load_optimizers(self.optimizers, self.raw, state, "the warm-up", partly=True)
@@ -344,6 +353,9 @@ class Run:
         lr = learning_rate(cfg, self.step)
         for group in self.groups:
             group["lr"] = lr * group["lr_mult"]
+            if self.retrofit and group["name"] != "indexer":  # its training has just begun
+                trained = self.step - cfg.index_warmup_iters
+                group["lr"] *= min(1.0, (trained + 1) / max(1, cfg.warmup_iters))
         # 2. gradients
         micro_batches = cfg.grad_accum // self.ranks.world
         losses = torch.zeros(2, device=self.device)  # loss, index loss
@@ -434,11 +446,12 @@ class Run:
         rank, world = self.ranks.rank, self.ranks.world
         self.model.eval()
         sums = {"batches": torch.zeros((), device=self.device)}
+        stopped = False
         # every rank computes equally many; those beyond eval_iters do not count
         for first in range(0, cfg.eval_iters, world):
-            if self.ranks.any(self.stop.received):
-                self.model.train()
-                return None
+            stopped = self.ranks.any(self.stop.received)
+            if stopped:
+                break
             m = first + rank
             counts = m < cfg.eval_iters
             idx, targets = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
@@ -456,6 +469,10 @@ class Run:
                 sums[name] = sums.get(name, 0) + counts * x.float().mean().double()
             sums["batches"] += counts
         self.model.train()
+        if cfg.fsdp:
+            self.raw.reshard()  # without a backward pass the embedding would stay gathered
+        if stopped:
+            return None
         means = self.mean_over_ranks(sums)
         batches = means.pop("batches")
         metrics = {name: x / batches for name, x in means.items()}

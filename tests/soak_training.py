@@ -26,8 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# gloo meets on the loopback device
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo"}
+# gloo meets on the loopback device. Without the last, a machine that is started again waits in vain
+# for the address of rank 0: in torch 2.13 rank 0 tells it in the first round only
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo",
+               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 import torch
 

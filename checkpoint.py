@@ -7,6 +7,7 @@ Checkpoints of a training run: saved whole or not at all, checked when they are 
     out/step_00001600/          one checkpoint
         model.safetensors       the weights, and each layer's V̄
         optimizer.safetensors   averages of the gradients, by parameter: "embed.weight.exp_avg"
+            (or shard-*.safetensors, a file per rank, of a run with fsdp: sharding.py)
         run.json                step, settings, the data's meta.json, losses (see RUN)
         manifest.json           size and checksum of the three files; step; validation loss
 
@@ -28,6 +29,7 @@ from configurator import UserError, mismatch, replacing, say, to_json
 from data import META, check_meta, differences, identity
 from device import check_backend
 from model import GSA, GSAConfig
+from sharding import Shards, save_shards, shard_files
 from weights import checksum, load_tensors, load_weights, save_tensors
 
 FILE = {"bytes": int, "xxh3": str}
@@ -104,6 +106,31 @@ def save_checkpoint(out_dir, tensors, run, keep=2):
         shutil.rmtree(partial, ignore_errors=True)
         raise
     prune(out_dir, run["step"], keep)
+
+
+def save_divided_checkpoint(out_dir, tensors, run, ranks, keep=2):
+    """
+    The same for a model that is divided among the ranks (sharding.py): each writes its parts, to
+    the same disk. All ranks must call it.
+    """
+    partial = ranks.on_rank_0(begin_checkpoint, out_dir, run["step"])
+    named = {f"{part}.{name}": x for part in tensors for name, x in tensors[part].items()}
+    try:
+        save_shards(partial, named)
+        ranks.on_rank_0(check_shards, partial, ranks.world)
+        ranks.on_rank_0(finish_checkpoint, out_dir, run)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    ranks.on_rank_0(prune, out_dir, run["step"], keep)
+
+
+def check_shards(folder, world):
+    """Refuse a checkpoint of which some nodes have written their parts elsewhere."""
+    found = len(shard_files(folder))
+    if found != world:
+        raise UserError(f"{folder} holds the parts of {found} ranks of {world}: with fsdp, out_dir "
+                        "must be on a disk that all nodes share")
 
 
 def begin_checkpoint(out_dir, step):
@@ -226,8 +253,11 @@ def read_checkpoint(path):
         raise UserError(f"{path}/run.json cannot be read: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable checkpoint: {e}") from None
-    tensors = {part: load_tensors(os.path.join(path, f"{part}.safetensors"))
-               for part in ("model", "optimizer")}
+    if shard_files(path):
+        tensors = {"model": dict(Shards(path, "model.")), "optimizer": Shards(path, "optimizer.")}
+    else:
+        tensors = {part: load_tensors(os.path.join(path, f"{part}.safetensors"))
+                   for part in ("model", "optimizer")}
     return {"path": path, **run, **tensors}
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import attention
 from checks import check_config, resolve_backend
@@ -195,6 +196,10 @@ def dense_attention(q, k, v, visible):
         k, v = k[:, :visible.n_used], v[:, :visible.n_used]
         mask = visible.mask(end=visible.n_used)[:, None]  # (1 or B, 1, T, n_used)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, d)
+    if mask is not None and q.is_cuda:
+        # PyTorch's fused kernels take a mask or fewer KV heads, not both: it would fall back to
+        # its own eager attention, with O(T·S) memory
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # (B, H, S, d)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                        enable_gqa=q.size(1) != k.size(1))
     return o.transpose(1, 2)
@@ -226,10 +231,12 @@ class Attention(nn.Module):
         k = self.wk(h).view(B, T, self.config.n_kv_head, self.config.d_head)
         return self.rope(self.q_norm(q), pos), self.rope(self.k_norm(k), pos)
 
-    def forward(self, h, visible, cache=None, warmup=False, want_loss=False, want_stats=False):
+    def forward(self, h, visible, cache=None, warmup=False, want_loss=False, want_stats=False,
+                chosen=None):
         """
         h (B, T, C), normalised input -> output (B, T, C), index loss (scalar), stats (a dict).
         warmup: phase 1 of the indexer's training, in which attention is dense.
+        chosen: what choose_keys has returned for this h; None = it is called here.
         """
         B, T, _ = h.shape
         G, d = self.config.n_kv_head, self.config.d_head
@@ -254,7 +261,9 @@ class Attention(nn.Module):
             index = self.indexer(h, pos)
             if cache is not None:
                 index = index._replace(k=cache.write(self.layer, "k_index", pos, index.k))
-            attended, selection = self.choose_keys(index, visible, warmup, want_stats)
+            if chosen is None:
+                chosen = self.choose_keys(index, visible, warmup, want_stats)
+            attended, selection = chosen
             o, lse = attention.sparse_attention(q, k, v, attended, self.backend)
             if want_loss:
                 index_loss = attention.index_loss(q, k, lse, index, self.indexer.log_tau, attended,
@@ -325,6 +334,12 @@ def make_ropes(config):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    # Keep only the block's input and its selected keys for the backward pass, which computes the
+    # rest again: about a third more arithmetic, and far less memory (plan.py, "activations")
+    activation_checkpointing = False
+
     def __init__(self, config, backend, layer, ropes):
         super().__init__()
         C = config.n_embd
@@ -334,6 +349,26 @@ class Block(nn.Module):
 
     def forward(self, x, visible, **how):
         """how: the other arguments of Attention.forward, whose results this returns."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return self.compute(x, visible, **how)
+        how["chosen"] = self.choose_keys(x, visible, how["warmup"], how["want_stats"])
+        # the model draws no random numbers
+        return checkpoint(self.compute, x, visible, **how, use_reentrant=False,
+                          preserve_rng_state=False)
+
+    @torch.no_grad()
+    def choose_keys(self, x, visible, warmup, want_stats):
+        """
+        Attention.choose_keys for the block's input x. It stands outside of what the backward pass
+        repeats: the top-k is computed once per step, and V̄ sees each batch once.
+        """
+        indexer = self.attn.indexer
+        if indexer is None:
+            return None
+        index = indexer(self.norm1(x), visible.pos)
+        return self.attn.choose_keys(index, visible, warmup, want_stats)
+
+    def compute(self, x, visible, **how):
         a, index_loss, stats = self.attn(self.norm1(x), visible, **how)
         x = x + a
         x = x + self.mlp(self.norm2(x))

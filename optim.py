@@ -8,6 +8,7 @@ import math
 import torch
 
 from configurator import UserError
+from sharding import divided_like, whole
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 
@@ -51,9 +52,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 old = state["momentum_buffer"]
                 momentum = old.lerp(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(momentum, group["momentum"]))
+                # Newton-Schulz needs the whole matrix, also of a model that is divided (fsdp)
+                update = orthogonal(whole(p.grad.lerp(momentum, group["momentum"])))
                 new = p * (1 - lr * group["weight_decay"])
-                new.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                new.add_(divided_like(update, p), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
                 # chosen on the device: the host does not wait for found_inf
                 skip = self.found_inf > 0
                 old.copy_(torch.where(skip, old, momentum))
@@ -117,11 +119,12 @@ def load_optimizers(optimizers, model, tensors, path, partly=False):
     names = {p: name for name, p in model.named_parameters()}
     if isinstance(tensors, list):
         tensors = _named(tensors, optimizers, names, path)
-    left = dict(tensors)
+    left = set(tensors)
     for optimizer in optimizers:
         kept = ("momentum_buffer",) if isinstance(optimizer, Muon) else ADAMW_STATE
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            state = {what: left.pop(f"{names[p]}.{what}", None) for what in kept}
+            state = {what: tensors.get(f"{names[p]}.{what}") for what in kept}
+            left -= {f"{names[p]}.{what}" for what in kept}
             if partly and all(x is None for x in state.values()):
                 continue
             for what, x in state.items():
@@ -129,7 +132,8 @@ def load_optimizers(optimizers, model, tensors, path, partly=False):
                 if not isinstance(x, torch.Tensor) or x.shape != shape:
                     raise UserError(f"{path} holds no state {what!r} for the optimizer of "
                                     f"{names[p]}")
-                optimizer.state[p][what] = x.to(p.device, copy=True)
+                x = x.to(p.device, copy=True)
+                optimizer.state[p][what] = x if what == "step" else divided_like(x, p)
     if left:
         raise UserError(f"{path} holds a state for another optimizer: {next(iter(left))}")
 

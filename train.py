@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import checks
 from attention import document_starts
 from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, find_data,
-                        model_config, read_checkpoint, record_loss, save_checkpoint)
+                        model_config, read_checkpoint, record_loss, save_checkpoint,
+                        save_divided_checkpoint)
 from configurator import UserError, check_ranges, flags, parse, run
 from dashboards import check_extras
 from data import Batches, Data, Prefetch, differences
@@ -33,9 +34,11 @@ from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
 from optim import load_optimizers, make_optimizers, optimizer_tensors
 from outdir import open_log, prepare_folder, run_folder
+from plan import dry_run
 from ranks import Ranks
 from report import Reporter
 from retrofit import check_start, load_start, open_gates_and_load, where_to_begin
+from sharding import average_whole_gradients, clip, shard, synchronize
 from stability import Stability
 from weights import load_weights, not_finite
 
@@ -98,13 +101,23 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
     compile: bool = False
     seed: int = 1337
 
+    # scale
+    # the backward pass computes each block again: less memory, a third more time
+    activation_checkpointing: bool = False
+    fsdp: bool = False  # divide the model among the ranks (FSDP2), where one GPU cannot hold it
+    dry_run: bool = False  # print parameters, memory, FLOPs, hours and schedule; do not train
+    gpus: int = 1  # of a dry run without torchrun: ranks to plan for
+    gpu: str = ""  # of a dry run: H100, H200, B200, …; default: the local GPU, else H100
+    assumed_mfu: float = 0.4  # of a dry run: share of the GPU's peak FLOP/s that training reaches
+
     def __post_init__(self):
         self.model_config(self.vocab_size or 256)
         checks.resolve_backend(self.backend)
         check_dtype(self.dtype)
         check_ranges(self, {
             (1, None): "batch_size grad_accum max_iters log_interval eval_interval eval_iters "
-                       "short_block keep max_skips",
+                       "short_block keep max_skips gpus",
+            (0.001, 1): "assumed_mfu",
             (0, None): "vocab_size learning_rate min_lr warmup_iters short_iters weight_decay "
                        "grad_clip index_warmup_iters index_lr_mult index_grad_clip "
                        "index_loss_weight",
@@ -127,7 +140,8 @@ MAY_CHANGE = set(
     "out_dir init_from overwrite keep data max_iters learning_rate min_lr warmup_iters "
     "weight_decay beta1 beta2 grad_clip max_skips index_warmup_iters index_lr_mult "
     "index_grad_clip index_loss_weight log_interval eval_interval eval_iters plot tensorboard "
-    "wandb wandb_project device backend dtype compile".split())
+    "wandb wandb_project device backend dtype compile activation_checkpointing fsdp dry_run gpus "
+    "gpu assumed_mfu".split())
 RETIRED = {"retrofit_from"}  # settings of older versions
 # The model settings that may differ from those of the weights that a new run starts with: the
 # context, and what the run adds or chooses by itself. The others decide what the weights mean.
@@ -217,6 +231,8 @@ class Run:
         if cfg.grad_accum % ranks.world:
             raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) "
                             f"is not a multiple of the {ranks.world} ranks")
+        if cfg.fsdp and ranks.world == 1:
+            raise UserError("fsdp divides the model among ranks: start several by torchrun")
         check_backend(cfg.backend, self.device)
         if cfg.compile:
             check_compiler()
@@ -254,6 +270,13 @@ class Run:
             self.stability = Stability(**checkpoint.get("stability", {}))
             # older versions had a setting instead
             self.retrofit = checkpoint.get("retrofit", bool(old.get("retrofit_from")))
+        for block in self.raw.blocks:
+            block.activation_checkpointing = cfg.activation_checkpointing
+        if cfg.compile:
+            # the Triton path may read the length of a list of keys from the GPU
+            torch._dynamo.config.capture_scalar_outputs = True
+        if cfg.fsdp:
+            shard(self.raw, self.device, self.in_bf16(), cfg.compile)
         self.raw.to(self.device)
         self.saved_step = self.step  # that of the last checkpoint, 0 = there is none
         # 4. optimizers, and what the loop calls
@@ -284,15 +307,14 @@ class Run:
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         # 3. the model that the loop calls
         self.model = self.raw
-        if self.cfg.compile:
-            # the Triton path may read the length of a list of keys from the GPU
-            torch._dynamo.config.capture_scalar_outputs = True
+        if self.cfg.compile and not self.cfg.fsdp:
             self.model = torch.compile(self.raw)
-        if self.ranks.world > 1:
+        if self.ranks.world > 1 and not self.cfg.fsdp:
             ids = [self.device] if self.device.startswith("cuda") else None
             # update_var_avg averages the one buffer that training changes
             self.model = DistributedDataParallel(self.model, device_ids=ids,
-                                                 broadcast_buffers=False)
+                                                 broadcast_buffers=False,
+                                                 gradient_as_bucket_view=True)
         self.model.train()
 
     def train(self):
@@ -340,10 +362,13 @@ class Run:
 
     def greet(self):
         """The first line: the model's size, the tokens, the machine."""
-        with self.autocast:
-            kind = "bfloat16" if torch.is_autocast_enabled(self.device.split(":")[0]) else "float32"
+        kind = "bfloat16" if self.in_bf16() else "float32"
         self.reporter.greet(sum(p.numel() for p in self.raw.parameters()),
                             self.batches["train"].n * self.cfg.block_size, kind)
+
+    def in_bf16(self):
+        with self.autocast:
+            return torch.is_autocast_enabled(self.device.split(":")[0])
 
     # ---- one step
 
@@ -378,13 +403,15 @@ class Run:
             m = self.step * cfg.grad_accum + micro * self.ranks.world + self.ranks.rank
             idx, targets = self.loader.train(m, self.device, length)
             if self.ranks.world > 1:
-                self.model.require_backward_grad_sync = last
+                synchronize(self.model, last)
             with self.autocast:
                 out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
                                  stats=logged and last)
             loss = out.loss + cfg.index_loss_weight * out.index_loss
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
+        if cfg.fsdp:
+            average_whole_gradients(self.raw)
         norms = self.clip()
         # 3. update; on all ranks alike nothing changes if a number is not finite on one of them.
         # Everything stays on the device: the host does not wait for the answer
@@ -417,8 +444,7 @@ class Run:
         for indexer, limit in ((False, self.cfg.grad_clip), (True, self.cfg.index_grad_clip)):
             params = [p for g in self.groups for p in g["params"]
                       if (g["name"] == "indexer") == indexer]
-            norm = torch.nn.utils.clip_grad_norm_(params, limit or math.inf)
-            norms.append(norm.to(self.device))
+            norms.append(clip(params, limit or math.inf).to(self.device))
         return torch.stack(norms)
 
     def count_steps(self):
@@ -507,7 +533,11 @@ class Run:
                      "model_config": asdict(self.raw.config), "meta": self.meta,
                      "data_path": os.path.abspath(self.cfg.data), "retrofit": self.retrofit,
                      "stability": self.stability.state()}
-        self.ranks.on_rank_0(save_checkpoint, self.cfg.out_dir, tensors, run_state, self.cfg.keep)
+        what = self.cfg.out_dir, tensors, run_state
+        if self.cfg.fsdp:
+            save_divided_checkpoint(*what, self.ranks, self.cfg.keep)
+        else:
+            self.ranks.on_rank_0(save_checkpoint, *what, self.cfg.keep)
         self.saved_step = self.step
 
     def what_is_saved(self):
@@ -560,6 +590,11 @@ def train(cfg):
 def main(argv):
     given = parse(TrainConfig, argv)
     out_dir = given.get("out_dir", TrainConfig.out_dir)
+    if given.get("dry_run"):
+        begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+        checkpoint = load_checkpoint(out_dir) if begin == "resume" else None
+        start = None if begin in ("scratch", "resume") else load_start(begin)
+        return dry_run(settings(argv, checkpoint, start))
     device = given.get("device", TrainConfig.device)
     with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
         begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)

@@ -21,6 +21,7 @@ import torch
 import xxhash  # comes with datasets
 
 from configurator import UserError
+from sharding import whole
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -175,6 +176,6 @@ def refuse(where, wrong):
 def not_finite(tensors):
     """The name of the first of {name: tensor} with a NaN or infinity in it, or ""."""
     for name, x in tensors.items():
-        if not torch.isfinite(x).all():
+        if not whole(torch.isfinite(x).all()):
             return name
     return ""

@@ -447,6 +447,20 @@ def test_evaluate_end_to_end(data, tmp_path, capsys):
     assert (tmp_path / "eval.png").exists() or "matplotlib is not installed" in printed
 
 
+def test_evaluation_beyond_the_training_length_needs_a_flag_and_no_code(data, tmp_path):
+    """A model of 64 tokens at 128. YaRN changes the result, and the checkpoint stays as it is."""
+    train.train(config(data, tmp_path, max_iters=2))
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    losses = []
+    for change in ({}, {"rope_scaling": scaling}):
+        result = quick_evaluation(tmp_path, lengths="64,128", block_size=128, plot=False, **change)
+        assert {c["length"] for c in result["needle"]} == {64, 128}
+        assert result["stride"] == 64
+        losses.append(result["perplexity"]["loss"])
+    assert losses[0] != losses[1]
+    assert load_model(str(tmp_path))[0].config.block_size == 64
+
+
 def test_without_matplotlib_the_rest_runs(data, tmp_path, capsys, monkeypatch):
     train.train(config(data, tmp_path, "dense", max_iters=1))
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -13,6 +13,7 @@ import kernels
 from layers import check_rope_scaling
 
 BACKENDS = ("eager", "torch", "triton")  # and "auto"
+LARGEST = 2**31  # what torch takes as a size of a layer
 
 
 def check_config(config):
@@ -23,6 +24,8 @@ def check_config(config):
         least = 0 if f.name in ("d_head", "d_mlp", "n_sink", "n_local") else 1
         if f.type is int and not (number and isinstance(value, Integral) and value >= least):
             raise ValueError(f"{f.name} is {value!r}, must be an integer of at least {least}")
+        if f.type is int and value >= LARGEST:
+            raise ValueError(f"{f.name} is {value!r}, must be below {LARGEST}")
         if f.type is float and not (number and math.isfinite(value)):
             raise ValueError(f"{f.name} is {value!r}, must be a finite number")
         if f.type is dict and not isinstance(value, dict):

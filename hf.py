@@ -3,7 +3,7 @@ Reading Hugging Face checkpoints of the Llama and Qwen families: config.json and
 
     config, weights, metadata = hf.load("meta-llama/Llama-3.2-1B")  # or a folder
     model = GSA(GSAConfig.arm("gsa", **config | {"block_size": 8192}))
-    retrofit.open_gates_and_load(model, weights, metadata["folder"])
+    start.open_gates_and_load(model, weights, metadata["folder"])
 
 Their layout is ours: the two halves of a head are rotated in pairs, as in layers.RoPE, and a
 projection's matrix is (out, in). Only names differ, gate_proj and up_proj are joined, and the

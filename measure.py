@@ -7,6 +7,7 @@ that a model needs.
 """
 import torch
 
+from attention import Selection
 from tiled import DenseBlock, Workspace, at_least_fp32, selected_bias, visible_bias
 
 
@@ -55,6 +56,27 @@ def attention_report(q, k, selection):
     return {"recall": recall / n_choosing if n_choosing else one,
             "recall_best": best / n_choosing if n_choosing else one,
             "first_token": first_token / n_behind.clamp(min=1)}
+
+
+@torch.no_grad()
+def layer_stats(q, k, visible, selection, indexer, warmup, gates):
+    """
+    What an attention layer did, as scalars: the mean of each of its gates ({name: (B, T, width)}),
+    the mean number of visible keys, and attention_report's first_token; with an indexer also
+    recall, recall_best, k_t and var_ratio (Var_t / V̄). selection: what the indexer selects, None
+    without one. In warm-up attention does not use it.
+    """
+    stats = {name: gate.mean() for name, gate in gates.items()}
+    everything = Selection.everything(visible, len(q))
+    stats["visible"] = everything.k_t.float().mean()
+    if selection is not None:
+        ratio = selection.var.mean() / indexer.var_avg.clamp(min=1e-30)
+        stats["k_t"] = selection.k_t.float().mean()
+        stats["var_ratio"] = torch.where(indexer.var_avg > 0, ratio, 1.0)
+        stats |= attention_report(q, k, selection)
+    if selection is None or warmup:  # attention was dense
+        stats["first_token"] = attention_report(q, k, everything)["first_token"]
+    return stats
 
 
 def flops_per_token(model, T=None, training=True, warmup=False):

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 import attention
 from checks import check_config, resolve_backend
-from layers import MLP, RMSNorm, RoPE
-from measure import attention_report
+from layers import MLP, RMSNorm, RoPE, dense_attention
+from measure import layer_stats
 
 ARMS = {
     "dense": dict(sparse=False, value_gate=False, output_gate=False),
@@ -97,7 +97,7 @@ class GSAOutput:
     # scalar, KL in nats per query, summed over the layers; 0 without targets or indexer.
     # Training minimises loss + index_loss_weight · index_loss
     index_loss: Tensor
-    stats: dict = field(default_factory=dict)  # name -> (n_layer,), see Attention.measure
+    stats: dict = field(default_factory=dict)  # name -> (n_layer,), see measure.layer_stats
 
 
 class KVCache:
@@ -189,22 +189,6 @@ class Indexer(nn.Module):
         self.var_seen[1] += 1
 
 
-def dense_attention(q, k, v, visible):
-    """Attention over every visible key: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
-    mask = None
-    if not visible.plain:
-        k, v = k[:, :visible.n_used], v[:, :visible.n_used]
-        mask = visible.mask(end=visible.n_used)[:, None]  # (1 or B, 1, T, n_used)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, d)
-    if mask is not None and q.is_cuda:
-        # PyTorch's fused kernels take a mask or fewer KV heads, not both: it would fall back to
-        # its own eager attention, with O(T·S) memory
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # (B, H, S, d)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                       enable_gqa=q.size(1) != k.size(1))
-    return o.transpose(1, 2)
-
-
 class Attention(nn.Module):
     """One attention layer. With every switch off it is plain causal attention."""
 
@@ -273,7 +257,9 @@ class Attention(nn.Module):
         if self.output_gate is not None:
             gates["output_gate"] = self.output_gate(h)
             o = o * gates["output_gate"]  # Eq. 10
-        stats = self.measure(q, k, visible, selection, warmup, gates) if want_stats else {}
+        stats = {}
+        if want_stats:
+            stats = layer_stats(q, k, visible, selection, self.indexer, warmup, gates)
         return self.wo(o), index_loss, stats
 
     def choose_keys(self, index, visible, warmup, want_stats):
@@ -299,26 +285,6 @@ class Attention(nn.Module):
         if warmup:
             return everything, selection
         return selection, selection
-
-    @torch.no_grad()
-    def measure(self, q, k, visible, selection, warmup, gates):
-        """
-        What the layer did, as scalars: the mean of each gate, the mean number of visible keys, and
-        measure.attention_report's first_token; with an indexer also recall, recall_best, k_t and
-        var_ratio (Var_t / V̄). In warm-up these four are those of the keys that it would select.
-        """
-        stats = {name: gate.mean() for name, gate in gates.items()}
-        everything = attention.Selection.everything(visible, len(q))
-        stats["visible"] = everything.k_t.float().mean()
-        if selection is not None:
-            var_avg = self.indexer.var_avg
-            ratio = selection.var.mean() / var_avg.clamp(min=1e-30)
-            stats["k_t"] = selection.k_t.float().mean()
-            stats["var_ratio"] = torch.where(var_avg > 0, ratio, 1.0)
-            stats |= attention_report(q, k, selection)
-        if selection is None or warmup:  # attention was dense
-            stats["first_token"] = attention_report(q, k, everything)["first_token"]
-        return stats
 
 
 def make_ropes(config):
@@ -484,7 +450,7 @@ class GSA(nn.Module):
                    attention.document_starts); a token sees its own document only. None = no limit
         cache      KVCache to append to; the tokens' positions in the row begin at its length
         warmup     phase 1 of the indexer's training: attention is dense
-        stats      measure the attention too (Attention.measure), in O(T²) time
+        stats      measure the attention too (measure.layer_stats), in O(T²) time
         Raises ValueError where the tokens do not fit in the context or the cache.
         """
         x, index_loss, stats = self.trunk(idx, doc_start, cache, warmup,

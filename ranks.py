@@ -1,5 +1,6 @@
 """
-The processes of one training ("ranks"), which torchrun starts, and what they tell each other.
+The processes of one training ("ranks"), which torchrun starts, what they tell each other, and the
+signals that stop them.
 
     with Ranks(device="") as ranks:
         ranks.device                       # "cuda:3", or "cpu"
@@ -9,6 +10,9 @@ The processes of one training ("ranks"), which torchrun starts, and what they te
 One process alone is rank 0 of 1, and everything here does nothing. Messages from host to host go
 through gloo and never wait for a GPU; gradients go through NCCL.
 """
+import os
+import signal
+
 import torch
 import torch.distributed as dist
 
@@ -73,3 +77,28 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(x)
         return x
+
+
+class StopSignal:
+    """
+    Ctrl-C, or the SIGTERM of a scheduler, ends a training behind the step at hand, when its
+    checkpoint is written. A second Ctrl-C ends a single process at once.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.interrupted = False  # by Ctrl-C
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        if number == signal.SIGINT and self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt  # torchrun passes on a Ctrl-C that its ranks have seen already
+        self.received = True
+        self.interrupted = self.interrupted or number == signal.SIGINT
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

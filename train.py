@@ -15,7 +15,6 @@ A step whose loss or gradient is not finite is skipped.
 import contextlib
 import math
 import os
-import signal
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checks
 from attention import document_starts
-from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, find_data,
+from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, load_checkpoint,
                         model_config, read_checkpoint, record_loss, save_checkpoint,
                         save_divided_checkpoint)
 from configurator import UserError, check_ranges, flags, parse, run
@@ -31,14 +30,15 @@ from dashboards import check_extras
 from data import Batches, Data, Prefetch, differences
 from device import check_backend, check_compiler, check_dtype, precision
 from measure import flops_per_token
-from model import ARMS, GSA, GSAConfig
+from model import GSA, GSAConfig
 from optim import load_optimizers, make_optimizers, optimizer_tensors
 from outdir import open_log, prepare_folder, run_folder
 from plan import dry_run
-from ranks import Ranks
+from ranks import Ranks, StopSignal
 from report import Reporter
-from retrofit import check_start, load_start, open_gates_and_load, where_to_begin
 from sharding import average_whole_gradients, clip, shard, synchronize
+from start import (check_start, load_start, open_gates_and_load, resumed_settings,
+                   started_settings, where_to_begin)
 from stability import Stability
 from weights import load_weights, not_finite
 
@@ -135,21 +135,6 @@ class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading
 # --------------------------------------------------------------------------------------------------
 # Settings of a new and of a resumed run
 
-# The settings that may change when a run is resumed. The others decide what the checkpoint means.
-MAY_CHANGE = set(
-    "out_dir init_from overwrite keep data max_iters learning_rate min_lr warmup_iters "
-    "weight_decay beta1 beta2 grad_clip max_skips index_warmup_iters index_lr_mult "
-    "index_grad_clip index_loss_weight log_interval eval_interval eval_iters plot tensorboard "
-    "wandb wandb_project device backend dtype compile activation_checkpointing fsdp dry_run gpus "
-    "gpu assumed_mfu".split())
-RETIRED = {"retrofit_from"}  # settings of older versions
-# The model settings that may differ from those of the weights that a new run starts with: the
-# context, and what the run adds or chooses by itself. The others decide what the weights mean.
-MAY_DIFFER = set(
-    "vocab_size block_size rope_scaling gate_bias_init n_index_head d_index index_rope k_base "
-    "k_min k_max n_sink n_local".split()) | set(ARMS["gsa"]) | set(ARMS["sparse"])
-
-
 def settings(argv, checkpoint=None, start=None):
     """
     TrainConfig from arguments: the arm's switches, replaced by config files and flags.
@@ -158,49 +143,13 @@ def settings(argv, checkpoint=None, start=None):
     """
     given = parse(TrainConfig, argv)
     if checkpoint:
-        given = resumed_settings(checkpoint, given)
+        given = resumed_settings(TrainConfig, checkpoint, given)
     if start:
-        given = started_settings(start, given)
+        given = started_settings(TrainConfig, start, given)
     try:
         return TrainConfig.arm(given.get("attention", TrainConfig.attention), **given)
     except ValueError as e:
         raise UserError(str(e)) from None
-
-
-def resumed_settings(checkpoint, given):
-    """
-    The settings saved in a checkpoint, replaced by those given now.
-    Raises UserError if a setting is given that must not change.
-    """
-    saved = {name: value for name, value in checkpoint["config"].items() if name not in RETIRED}
-    path = checkpoint["path"]
-    kinds = {f.name: f.type for f in fields(TrainConfig)}
-    for name, value in saved.items():
-        if type(value) is not kinds.get(name):
-            raise UserError(f"{path} was written by another version: it has a setting {name!r}")
-    fixed = {name: value for name, value in given.items() if name not in MAY_CHANGE}
-    changed = differences({name: saved.get(name) for name in fixed}, fixed)
-    if changed:
-        raise UserError(f"{path} was trained with another model or other settings "
-                        f"({changed}): these cannot change when a run is resumed")
-    return {**saved, "data": find_data(checkpoint), **given}
-
-
-def started_settings(start, given):
-    """
-    The settings of a new run that begins with other weights: the shape of their model, and what is
-    given now. Raises UserError if a setting is given that contradicts the weights.
-    """
-    shape = start["model_config"]
-    if given.get("attention", TrainConfig.attention) != start["config"].get("attention"):
-        switches = set(ARMS["gsa"]) | set(ARMS["sparse"])
-        shape = {name: value for name, value in shape.items() if name not in switches}
-    fixed = {name: value for name, value in given.items()
-             if name in shape and name not in MAY_DIFFER}
-    changed = differences({name: shape[name] for name in fixed}, fixed)
-    if changed:
-        raise UserError(f"{start['path']} does not fit the settings: {changed}")
-    return {**shape, **given}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -553,31 +502,6 @@ class Run:
         return dict(zip(values, self.ranks.mean(rows).tolist()))
 
 
-class StopSignal:
-    """
-    Ctrl-C, or the SIGTERM of a scheduler, ends a training behind the step at hand, when its
-    checkpoint is written. A second Ctrl-C ends a single process at once.
-    """
-
-    def __init__(self):
-        self.received = False
-        self.interrupted = False  # by Ctrl-C
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, _):
-        if number == signal.SIGINT and self.received and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt  # torchrun passes on a Ctrl-C that its ranks have seen already
-        self.received = True
-        self.interrupted = self.interrupted or number == signal.SIGINT
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def train(cfg):
     """
     Run the training that cfg describes, from scratch. Returns the metrics of the last evaluation.
@@ -590,14 +514,15 @@ def train(cfg):
 def main(argv):
     given = parse(TrainConfig, argv)
     out_dir = given.get("out_dir", TrainConfig.out_dir)
+    init_from = given.get("init_from", TrainConfig.init_from)
     if given.get("dry_run"):
-        begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+        begin = where_to_begin(init_from, out_dir)
         checkpoint = load_checkpoint(out_dir) if begin == "resume" else None
         start = None if begin in ("scratch", "resume") else load_start(begin)
         return dry_run(settings(argv, checkpoint, start))
     device = given.get("device", TrainConfig.device)
     with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
-        begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+        begin = ranks.on_rank_0(where_to_begin, init_from, out_dir)
         checkpoint = start = None
         if begin == "resume":
             checkpoint = read_checkpoint(ranks.on_rank_0(find_checkpoint, out_dir))
@@ -605,7 +530,7 @@ def main(argv):
             start = load_start(begin)
         # A config file always names its data, and so does a command that is simply repeated (auto):
         # only a flag beside "resume" asks for other tokens
-        new_data = given.get("init_from") == "resume" and "data" in flags(argv)
+        new_data = init_from == "resume" and "data" in flags(argv)
         cfg = settings(argv, checkpoint, start)
         # No name for the Run: it has to be gone before the ranks' process group is
         Run(cfg, ranks, stop, checkpoint, start, new_data).train()

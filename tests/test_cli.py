@@ -142,7 +142,8 @@ def test_readme_commands_parse():
     """Every command line of the README names a script and settings that exist."""
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0] for block in blocks for line in block.splitlines()]
+    lines = [line.split("#")[0] for block in blocks
+             for line in block.replace("\\\n", " ").splitlines()]
     found = set()
     for line in lines:
         words = shlex.split(line)
@@ -197,7 +198,8 @@ DATA = "--data={f}/data/demo"
      "the prompt has 201 tokens, the model's context is 128"),
     ("sample.py", ["--out_dir={f}/out", "--start=FILE:{f}/none.txt"], "cannot read"),
     ("sample.py", ["--out_dir={f}/broken"], "is not a readable checkpoint"),
-    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"], "model's context, 1 to 128: --block_size"),
+    ("eval.py", ["--out_dir={f}/out", "--lengths=64,999"],
+     "model's context, 1 to 128: --block_size"),
     ("eval.py", ["--out_dir={f}/out", "--data={f}/other"], "the model reads bytes tokens"),
     ("prepare.py", ["--dataset={f}/none.txt"], "no file matches"),
 ])

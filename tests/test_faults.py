@@ -340,9 +340,8 @@ def test_an_address_in_a_checkpoint_is_never_followed(out, monkeypatch):
     import socket
     monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("it connects"))
     monkeypatch.setattr(socket.socket, "connect", lambda *a, **k: pytest.fail("it connects"))
-    saved = load_checkpoint(str(out))
-    saved["meta"]["tokenizer"] = "tiktoken:http://127.0.0.1:9/ranks"
-    torch.save(saved, out / "ckpt.pt")
+    meta = load_checkpoint(str(out))["meta"]
+    as_old_version(out, meta=meta | {"tokenizer": "tiktoken:http://127.0.0.1:9/ranks"})
     refused(lambda: sampling.sample(sampling.SampleConfig(out_dir=str(out))),
             "is not a readable file of token ranks")
 

@@ -21,7 +21,7 @@ from configurator import UserError, parse
 from layers import RoPE, rope_speeds
 from model import GSA, GSAConfig, KVCache
 from optim import param_groups
-from retrofit import open_gates_and_load
+from start import open_gates_and_load
 from train import TrainConfig
 
 VOCAB = 100
@@ -318,7 +318,7 @@ def test_weights_that_do_not_fit_leave_the_model_unchanged(tiny):
         r"folder does not fit the model: norm.weight is missing": {"norm.weight": None},
         r"other has no place in it": {"other": torch.ones(1)},
         r"norm.weight is \(7,\), not \(48,\)": {"norm.weight": torch.ones(7)},
-        r"numbers that are not finite \(norm.weight\)": {"norm.weight": torch.full((48,), torch.nan)},
+        r"that are not finite \(norm.weight\)": {"norm.weight": torch.full((48,), torch.nan)},
     }
     model = GSA(GSAConfig.arm("gsa", **config | small))
     before = {name: x.clone() for name, x in model.state_dict().items()}

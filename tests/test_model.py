@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-import model as model_module
+import measure
 from attention import document_starts
 from layers import RoPE
 from measure import flops_per_token
@@ -366,7 +366,7 @@ def test_a_plain_call_measures_nothing_and_its_index_loss_is_a_number(arm, monke
     def forbidden(*_):
         raise AssertionError("the attention was measured")
 
-    monkeypatch.setattr(model_module, "attention_report", forbidden)
+    monkeypatch.setattr(measure, "attention_report", forbidden)
     assert model(idx).stats == {}
     assert model(idx).index_loss == 0
     assert (model(idx, idx).index_loss > 0) == model.config.sparse

@@ -1,5 +1,6 @@
 """Activation checkpointing, plan.py, sharding.py, and runs on several ranks."""
 import json
+import math
 import os
 import random
 import re
@@ -24,7 +25,10 @@ from conftest import ROOT
 from data import Data
 from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
-from sharding import Shards, clip, save_shards, shard_files
+from optim import make_optimizers, optimizer_tensors
+from ranks import Ranks
+from sharding import (Shards, average_whole_gradients, clip, save_shards, shard, shard_files,
+                      whole)
 
 
 @pytest.fixture(scope="module")
@@ -281,10 +285,42 @@ def resume(out_dir, *flags):
     train.main(["--init_from=resume", f"--out_dir={out_dir}", *flags])
 
 
+def skip_a_step_of_a_divided_model():
+    """A NaN on one rank: on all ranks weights, V̄ and optimizers keep their bits."""
+    with Ranks("cpu") as ranks:
+        torch.manual_seed(0)
+        cfg = train.TrainConfig.arm("gsa", **TINY, muon=True)
+        model = GSA(cfg.model_config(70))
+        shard(model, "cpu", bf16=False)
+        optimizers = make_optimizers(model, cfg)
+        idx = torch.randint(0, 70, (2, 64))
+        for bad in (False, True, False):
+            tensors = model.state_dict() | optimizer_tensors(optimizers, model)
+            before = {name: whole(x).clone() for name, x in tensors.items()}
+            out = model(idx, idx)
+            loss = out.loss + out.index_loss
+            if bad and ranks.rank == 1:
+                loss = loss * math.nan
+            loss.backward()
+            average_whole_gradients(model)
+            norm = clip([p for o in optimizers for g in o.param_groups for p in g["params"]], 1.0)
+            skip = (~torch.isfinite(norm)).float()
+            for optimizer in optimizers:
+                optimizer.found_inf = skip
+                optimizer.step()
+                optimizer.zero_grad()
+            model.update_var_avg(skip)
+            tensors = model.state_dict() | optimizer_tensors(optimizers, model)
+            for name, x in before.items():
+                assert torch.equal(whole(tensors[name]), x) == bad, name
+        del model, optimizers
+
+
 def rank_of_three(rank, ports, data, folder):
     """What each rank does. Fewer take part from run to run, so that none has to wait for long."""
     torch.set_num_threads(1)
     runs = [
+        (3, skip_a_step_of_a_divided_model),
         (3, lambda: train.train(config(data, folder / "fsdp", fsdp=True, muon=True,
                                        activation_checkpointing=True))),
         (2, lambda: resume(folder / "fsdp", "--max_iters=8")),
@@ -298,11 +334,14 @@ def rank_of_three(rank, ports, data, folder):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """A folder of runs: one, one_muon (one rank), ddp (two), fsdp (three, then two)."""
+    """
+    A folder of runs: one, one_muon (one rank), ddp (two), fsdp (three, then two). The ranks also
+    check that a step is skipped.
+    """
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        args = [free_port() for _ in range(3)], data, folder
+        args = [free_port() for _ in range(4)], data, folder
         ranks = torch.multiprocessing.spawn(rank_of_three, args, 3, join=False, daemon=True)
         train.train(config(data, folder / "one"))
         train.train(config(data, folder / "one_muon", muon=True, max_iters=8))

@@ -28,7 +28,7 @@ from configurator import UserError
 from conftest import ROOT
 from data import Batches, Data
 from ranks import Ranks
-from retrofit import open_gates_and_load
+from start import open_gates_and_load
 from tokenizer import Tokenizer
 from model import ARMS, GSA, GSAConfig
 

@@ -1,6 +1,6 @@
 """
 TensorBoard and wandb, where report.py shows a training run if asked to. Both are optional packages
-(requirements-extra.txt).
+(pip install tensorboard wandb).
 
     check_extras(cfg)                  # cfg: train.TrainConfig, with --tensorboard or --wandb
     board = TensorBoard(cfg, step=0)

@@ -154,8 +154,6 @@ def memory(cfg, model, card, world):
     if cfg.fsdp:
         # the embedding, the block at work and the next one; the gradient of one block
         parts["gathered"] = 4 * embed + (2 * e + 4) * matrix / cfg.n_layer
-        if cfg.grad_accum > world:
-            parts["gradients"] += 4 * sharded  # they are reduced at the last micro-batch only
     copies = 0  # autocast's 16-bit copies of the blocks' matrices
     if e == 2:
         parts["16-bit weights"] = 2 * model.embed.weight.numel()  # of the output projection

@@ -7,12 +7,12 @@ gradient and optimizer state, and gathers a block's matrices when it needs them:
 
     forward     block by block: gather the matrices, compute, free what belongs to others
     backward    the same from last to first, then add up the gradient over the ranks; each rank
-                keeps its part of the sum
+                keeps its part of the sum. So it is with every micro-batch: to wait for the step's
+                last one, as DistributedDataParallel may, would take memory for a whole gradient
 
 A part is a DTensor: the local rows and the knowledge of where the others are.
 
     sharding.shard(model, bf16=True)              # before the optimizers are made
-    sharding.synchronize(model, last)             # before each backward pass
     sharding.average_whole_gradients(model)       # after the last one
     norm = sharding.clip(params, 1.0)
     sharding.save_shards(folder, {"model.embed.weight": p})
@@ -72,17 +72,6 @@ def shard(model, device, bf16, compiled=False):
             block.forward = torch.compile(block.forward)
         fully_shard(block, mp_policy=policy, **how)
     fully_shard(model, **how)
-
-
-def synchronize(model, last):
-    """
-    Say before a micro-batch whether its backward pass adds up the gradients over the ranks: only
-    the step's last one has to. model: a DistributedDataParallel, or what shard() has divided.
-    """
-    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model.require_backward_grad_sync = last
-    else:
-        model.set_requires_gradient_sync(last)
 
 
 @torch.no_grad()

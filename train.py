@@ -36,7 +36,7 @@ from outdir import open_log, prepare_folder, run_folder
 from plan import dry_run
 from ranks import Ranks, StopSignal
 from report import Reporter
-from sharding import average_whole_gradients, clip, shard, synchronize
+from sharding import average_whole_gradients, clip, shard
 from start import (check_start, load_start, open_gates_and_load, resumed_settings,
                    started_settings, where_to_begin)
 from stability import Stability
@@ -351,8 +351,8 @@ class Run:
             last = micro == micro_batches - 1
             m = self.step * cfg.grad_accum + micro * self.ranks.world + self.ranks.rank
             idx, targets = self.loader.train(m, self.device, length)
-            if self.ranks.world > 1:
-                synchronize(self.model, last)
+            if self.ranks.world > 1 and not cfg.fsdp:
+                self.model.require_backward_grad_sync = last
             with self.autocast:
                 out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
                                  stats=logged and last)

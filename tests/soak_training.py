@@ -44,6 +44,7 @@ LONGEST = 400  # seconds that a part may take
 # what a save writes, in this order; a kill is aimed at the moment at which one of them appears
 SAVED = ["", "model.safetensors", "optimizer.safetensors", "run.json", "manifest.json.partial",
          "manifest.json"]
+started = []  # processes
 
 
 # ---- processes
@@ -54,8 +55,10 @@ def command(out, *more):
 
 
 def start(argv):
-    """A process whose output can be read."""
-    return subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """A process whose output can be read. It ends with its part."""
+    process = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started.append(process)
+    return process
 
 
 def finish(process, status=0):
@@ -121,7 +124,9 @@ def kills(rng, reference, out, number, *more):
         process = start(command(out, *more))
         kind = ("start", "step", "save", "save")[i % 4]
         if kind == "start":
-            time.sleep(rng.uniform(0, 5))
+            deadline = time.time() + rng.uniform(0, 5)
+            while time.time() < deadline and newest_step(out) == before:
+                time.sleep(0.01)
         else:
             # so small that the training does not end before the last kill
             wait_for_step(process, before + rng.randrange(1, STEPS // number))
@@ -257,6 +262,9 @@ def soak(parts, reference):
                 failed += 1
                 verdict = f"FAILED: {e}"
             signal.alarm(0)
+            for process in started:
+                process.kill()
+            started.clear()
             print(f"{name}: {verdict} ({time.time() - began:.0f} s)", flush=True)
     print(f"{failed} parts failed, seed {args.seed}")
     sys.exit(failed > 0)

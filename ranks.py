@@ -26,8 +26,8 @@ class Ranks:
     def __init__(self, device=""):
         self.world = environment("WORLD_SIZE", 1)
         self.rank = environment("RANK", 0) if self.world > 1 else 0
-        local_rank = environment("LOCAL_RANK", 0) if self.world > 1 else None
-        self.device = use_device(device, local_rank)
+        self.local_rank = environment("LOCAL_RANK", 0) if self.world > 1 else None
+        self.device = use_device(device, self.local_rank)
 
     def __enter__(self):
         if self.world > 1:
@@ -42,8 +42,8 @@ class Ranks:
     def __exit__(self, kind, *_):
         if self.world > 1:
             dist.destroy_process_group()
-        if kind is not None and issubclass(kind, UserError) and self.rank:
-            raise SystemExit(1)  # rank 0 prints the message
+        if kind is not None and issubclass(kind, (UserError, OSError)) and self.local_rank:
+            raise SystemExit(1)  # the first rank of the machine prints the message
 
     def on_rank_0(self, function, *args):
         """Call function on rank 0 only. Every rank returns its result, or raises its UserError."""

@@ -271,7 +271,7 @@ class Run:
             ids = [self.device] if self.device.startswith("cuda") else None
             # update_var_avg averages the one buffer that training changes
             self.model = DistributedDataParallel(self.model, device_ids=ids,
-                                                 broadcast_buffers=False,
+                                                 forward_sync_buffers=False,
                                                  gradient_as_bucket_view=True)
         self.model.train()
 

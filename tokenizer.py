@@ -90,9 +90,10 @@ def full_name(given):
     if given in known:
         return given
     kind, _, path = given.partition(":")
+    path = os.path.expanduser(path)  # a shell leaves the ~ in hf:~/llama
     if kind in ("llama3", "tiktoken"):
         return f"{kind}:{os.path.abspath(path)}"
-    place = path if kind == "hf" else given
+    place = path if kind == "hf" else os.path.expanduser(given)
     if os.path.exists(place):
         return f"hf:{os.path.abspath(place)}"
     hub_id = r"\w[\w.-]*/\w[\w.-]*"

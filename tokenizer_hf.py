@@ -21,13 +21,16 @@ The file's own rules apply, with these exceptions (`exact_rules`):
 
 One rule changes the text: Unicode's NFC (Qwen), which composes letters with their accents. It
 stays, since the model was trained with it: decode gives, and token_lengths count, the NFC text.
+So eval.py divides by the bytes of the NFC text, train.py by those of the text itself (meta.json):
+their bits per byte differ where a text was not in NFC.
 """
 import json
 import os
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, mismatch
+from tokenizer import MAX_VOCAB
 
 # Each document is one call: prepare.py's processes are the parallel part. Without this, the package
 # starts threads, and warns when a process that has them forks.
@@ -40,7 +43,6 @@ END_OF_TEXT = {  # file beside tokenizer.json -> its entry for the end of a text
     "tokenizer_config.json": "eos_token"}
 BLANK = "▁"  # U+2581
 BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
-MAX_VOCAB = 1 << 24  # a larger id is a damaged file (as in tokenizer.py)
 LONGEST = 1_000_000  # characters encoded at a time: each takes up to 300 bytes of memory meanwhile
 TRIAL = " two  blanks\r\n\t\0é漢字😀 <0x0A> ▁ "  # in NFC
 
@@ -53,39 +55,65 @@ PRE_TOKENIZERS = {"byte-level": ["ByteLevel", "Split", "Digits", "Punctuation"],
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def fetch(hub_id):
+def fetch(hub_id, instead, weights=False):
     """
-    The folder that holds a hub model's tokenizer files, downloaded at first use.
-    Raises UserError.
+    The folder that holds the settings and the tokenizer of a model of the hub, and its weights if
+    they are wanted; downloaded at first use. hf.py calls this too: what decides about the separator
+    must be the same wherever a model is opened. instead: what to do without network, for the
+    message. Raises UserError.
     """
     import huggingface_hub  # comes with datasets
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
-    disable_progress_bars()
+    patterns = ["*config.json", "tokenizer*"]
+    if weights:
+        patterns.append("model*.safetensors*")  # and their index
+    else:
+        disable_progress_bars()
     try:
-        return huggingface_hub.snapshot_download(hub_id, allow_patterns=[MAIN_FILE, *END_OF_TEXT])
+        return huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns)
     except GatedRepoError:
         reason = "accept its licence on huggingface.co and set HF_TOKEN"
     except RepositoryNotFoundError:
         reason = "no such model, or a private one: set HF_TOKEN"
     except Exception as e:  # a dozen types for "no network"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    raise UserError(f"tokenizer {hub_id!r} is no file or folder here and cannot be fetched "
-                    f"({reason}); without network put the model's {MAIN_FILE} and config.json into "
-                    "a folder and give --tokenizer=FOLDER")
+    raise UserError(f"{hub_id!r} is no file or folder here and cannot be fetched ({reason}); "
+                    f"without network {instead}")
 
 
-def read_json(path):
-    """The dict in a JSON file. Raises UserError for a file that is missing or damaged."""
+def find_tokenizer(place):
+    """
+    The path of the tokenizer.json that a place means: that file, a folder, or an id of the hub.
+    Raises UserError.
+    """
+    path = place
+    if not os.path.exists(place):
+        path = fetch(place, f"put the model's {MAIN_FILE} and config.json into a folder and give "
+                            "--tokenizer=FOLDER")
+    if os.path.isdir(path):
+        path = os.path.join(path, MAIN_FILE)
+        if not os.path.exists(path):
+            raise UserError(f"tokenizer {place!r} holds no {MAIN_FILE}: transformers writes it "
+                            "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))")
+    return path
+
+
+def read_json(path, shape={}):
+    """
+    The dict in a JSON file, with at least the entries of `shape` (see configurator.mismatch).
+    Raises UserError for a file that is missing or damaged.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             data = json.load(f)
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
+    wrong = mismatch(data, shape)
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong}")
     return data
 
 
@@ -238,12 +266,7 @@ class HubEncoding:
     """
 
     def __init__(self, place):
-        path = place if os.path.exists(place) else fetch(place)
-        if os.path.isdir(path):
-            path = os.path.join(path, MAIN_FILE)
-            if not os.path.exists(path):
-                raise UserError(f"tokenizer {place!r} holds no {MAIN_FILE}: transformers writes it "
-                                "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))")
+        path = find_tokenizer(place)
         data = read_json(path)
         try:
             self._build(data, os.path.dirname(path))

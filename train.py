@@ -36,7 +36,7 @@ from outdir import open_log, prepare_folder, run_folder
 from plan import dry_run
 from ranks import Ranks, StopSignal
 from report import Reporter
-from sharding import average_whole_gradients, clip, shard
+from sharding import average_undivided_gradients, clip, shard
 from start import (check_start, load_start, open_gates_and_load, resumed_settings,
                    started_settings, where_to_begin)
 from stability import Stability
@@ -360,7 +360,7 @@ class Run:
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
         if cfg.fsdp:
-            average_whole_gradients(self.raw)
+            average_undivided_gradients(self.raw)
         norms = self.clip()
         # 3. update; on all ranks alike nothing changes if a number is not finite on one of them.
         # Everything stays on the device: the host does not wait for the answer

@@ -10,7 +10,7 @@ of vocabulary can do that, and everything else is refused:
     BPE with byte fallback: a token is text with ▁ for a blank, or one byte of a rare character
         (Llama 2, Mistral, Gemma)           " Hi\\n" -> "▁Hi", "<0x0A>"
 
-The file's own rules apply, with these exceptions (`exact_rules`):
+The file's own rules apply, with these exceptions (`check_rules`, `make_exact`):
 
     1. Text that spells a special token stays ordinary text, and no special token is added. Added
        tokens that are not special (Qwen's "<think>", runs of blanks) are tokens like any other.
@@ -174,43 +174,52 @@ def kind_of_vocabulary(data):
     return kind
 
 
-def exact_rules(data, kind, end):
+def check_rules(data, kind):
     """
-    Change the dict of a tokenizer.json such that the bytes of a text's tokens are the text.
-    kind: of the vocabulary. end: the separator's spelling.
-    Raises ValueError, with the reason, where that cannot be.
+    Raise ValueError, with the reason, where a step of a tokenizer.json drops or changes characters.
+    data: its dict. kind: of its vocabulary.
     """
-    # 1. do its steps keep every character?
-    model = data["model"]
-    normalizers = [s for s in steps(data.get("normalizer")) if s["type"] != "Prepend"]  # rule 2
-    pre_tokenizers = steps(data.get("pre_tokenizer"))
-    for step in normalizers:
+    for step in steps(data.get("normalizer")):
         blanks = step.get("pattern") == {"String": " "} and step.get("content") == BLANK
-        if step["type"] not in NORMALIZERS[kind] or step["type"] == "Replace" and not blanks:
+        known = step["type"] in ["Prepend", *NORMALIZERS[kind]]  # rule 2 takes Prepend out
+        if not known or step["type"] == "Replace" and not blanks:
             raise ValueError(f"its normalizer {step['type']} changes the text")
-    for step in pre_tokenizers:
+    for step in steps(data.get("pre_tokenizer")):
         drops = step.get("behavior") == "Removed"
         if step["type"] not in PRE_TOKENIZERS[kind] or drops:
             raise ValueError(f"its pre-tokenizer {step['type']} drops or changes characters")
-        if step["type"] == "ByteLevel":
-            step["add_prefix_space"] = False  # rule 2
-        elif step["type"] == "Metaspace":
-            step.pop("add_prefix_space", None)  # of old files
-            step["prepend_scheme"] = "never"  # rule 2
+    model = data["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("its tokens mark the inside or the end of a word")
 
+
+def make_exact(data, kind, end):
+    """
+    Change the dict of a tokenizer.json that has passed check_rules, such that the bytes of a text's
+    tokens are the text. end: the separator's spelling.
+    """
+    # 1. no blank is put before the text (rule 2)
+    normalizers = [s for s in steps(data.get("normalizer")) if s["type"] != "Prepend"]
+    pre_tokenizers = steps(data.get("pre_tokenizer"))
+    for step in pre_tokenizers:
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step["type"] == "Metaspace":
+            step.pop("add_prefix_space", None)  # of old files
+            step["prepend_scheme"] = "never"
+
     # 2. special tokens, and those that stand for a byte, are never made from text
-    never = {end}
+    unspellable = {end}
     if kind == "byte fallback":
-        never.update(BYTE_TOKENS)
+        unspellable.update(BYTE_TOKENS)
     for token in data["added_tokens"]:
         token["special"] = token["special"] or token["content"] == end
         token["lstrip"] = token["rstrip"] = False  # rule 3
         if token["special"]:
-            never.add(token["content"])
+            unspellable.add(token["content"])
+    model = data["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    model["merges"] = [m for m in merges if "".join(m) not in never]
+    model["merges"] = [m for m in merges if "".join(m) not in unspellable]
 
     # 3. what remains
     data["normalizer"] = data["pre_tokenizer"] = None
@@ -292,7 +301,8 @@ class HubEncoding:
             raise ValueError("its ids are not small numbers")
         self.separator = end_of_text(folder, ids)
         end = next(token for token, i in ids.items() if i == self.separator)
-        exact_rules(data, self.kind, end)
+        check_rules(data, self.kind)
+        make_exact(data, self.kind, end)
         self.spelled = token_spellings(data, self.kind)
         self.blank = []  # what stands for the character ▁
         if self.kind == "byte fallback":

@@ -238,13 +238,12 @@ PARTS = (
 def make_runs(cfg, folder):
     """{name: run} of the plain model and of all PARTS, over new tokens in folder."""
     write_tokens(folder, cfg)
-    dense = make_run(cfg, folder, arm="dense")
-    runs = {"plain": PlainRun(dense), "dense": dense}
-    for part in PARTS[1:]:
+    runs = {}
+    for part in PARTS:
         runs[part.name] = make_run(cfg, folder, **part.run)
         for leave_out in part.without:
             leave_out(runs[part.name])
-    return runs
+    return {"plain": PlainRun(runs["dense"])} | runs
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def time_training(cfg):
     say(f"{'step':18}{'ms (spread)':>23}{'tokens/s':>10}{'adds, of dense (quartiles)':>30}"
         "  compared with")
     compared_with = {part.name: part.compared_with for part in PARTS}
-    rows = []
+    rows = {}
     for name, times in ms.items():
         tokens_per_second = 1000 * cfg.batch_size * cfg.block_size / statistics.median(times)
         row = dict(step=name, ms=times, tokens_per_second=tokens_per_second)
@@ -346,9 +345,9 @@ def time_training(cfg):
             row |= dict(compared_with=other, adds=[median, low, high])
             line += f"{median:+.1%} ({low:+.1%} to {high:+.1%})".rjust(30) + f"  {other}"
         say(line)
-        rows.append(row)
+        rows[name] = row
     speed = quartiles([plain / dense for plain, dense in zip(ms["plain"], ms["dense"])])
-    rows[1]["speed_over_plain"] = speed
+    rows["dense"]["speed_over_plain"] = speed
     median, low, high = speed
     say(f"speed of the dense arm over the plain model's: {median:.2f}× ({low:.2f}–{high:.2f})")
-    return rows
+    return list(rows.values())

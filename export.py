@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 
 from checkpoint import load_model
 from configurator import UserError, parse, say
+from tokenizer import full_name
+from tokenizer_hf import find_tokenizer
 from weights import save_tensors
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -44,11 +46,12 @@ print(model.generate(torch.tensor([ids]), max_new_tokens=100))
 
 TOKENS = {  # how text becomes tokens, by the kind of tokenizer (tokenizer.py)
     "bytes": "the bytes of the text in UTF-8, `list(text.encode())`.",
-    "llama3": "as Llama 3 splits text (package tiktoken), with the ranks of the file `{name}`.",
-    "tiktoken": "as Llama 3 splits text (package tiktoken), with the ranks of the file `{name}`.",
-    "json": "`AutoTokenizer.from_pretrained(\"{folder}\", trust_remote_code=True)`, called with\n"
-            "  add_special_tokens=False and split_special_tokens=True.",
-    "": "`tiktoken.get_encoding(\"{name}\").encode(text, disallowed_special=())`.",
+    "ranks": "as Llama 3 splits text (package tiktoken), with the ranks of the file `{name}`.",
+    "hf": """\
+`AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)`, called with
+  add_special_tokens=False and split_special_tokens=True. In training no blank was put before a
+  text; where this tokenizer puts one (▁ of Llama 2 and Mistral), the first word differs.""",
+    "encoding": "`tiktoken.get_encoding(\"{name}\").encode(text, disallowed_special=())`.",
 }
 
 
@@ -128,18 +131,22 @@ def config_json(model, checkpoint):
         "bos_token_id": separator,
         "eos_token_id": separator,
         "pad_token_id": separator,  # attention_mask says what is padding
+        "separator": separator,
         "doc_mask": checkpoint["config"].get("doc_mask", True),
         "gsa": asdict(c),
     }
 
 
 def tokenizer_json(name):
-    """The path of the tokenizer.json that a tokenizer's name means (its folder, or it); or None."""
-    path = name.partition(":")[2] or name
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
-    is_one = os.path.basename(path) == "tokenizer.json" and os.path.isfile(path)
-    return path if is_one else None
+    """
+    The path of the tokenizer.json that a tokenizer's name means, fetched if it is on the hub; ""
+    for a tokenizer of another kind, and for one that has moved or cannot be fetched.
+    """
+    try:
+        kind, _, place = full_name(name).partition(":")
+        return find_tokenizer(place) if kind == "hf" else ""
+    except UserError:
+        return ""
 
 
 def copy_tokenizer(path, folder):
@@ -153,12 +160,22 @@ def copy_tokenizer(path, folder):
         write_json(copy, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def readme(config, tokenizer, folder):
-    """The text of README.md. tokenizer: its name, see tokenizer.Tokenizer."""
-    kind = "json" if tokenizer_json(tokenizer) else tokenizer.partition(":")[0]
-    tokens = TOKENS.get(kind, TOKENS[""]).format(name=tokenizer, folder=folder)
+def how_to_tokenize(name, copied, folder):
+    """How text becomes tokens, in words. copied: the folder has the tokenizer's files."""
+    kind, _, place = name.partition(":")
+    if copied:
+        kind, place = "hf", folder
+    elif kind in ("llama3", "tiktoken"):
+        kind = "ranks"
+    elif kind not in TOKENS:
+        kind = "encoding"
+    return TOKENS[kind].format(name=name, place=place)
+
+
+def readme(config, tokens, folder):
+    """The text of README.md. tokens: what how_to_tokenize says."""
     reach = "stops at the beginning of the document" if config["doc_mask"] else "goes on over it"
-    return README.format(folder=folder, separator=config["eos_token_id"], reach=reach,
+    return README.format(folder=folder, separator=config["separator"], reach=reach,
                          tokens=tokens, block_size=config["max_position_embeddings"])
 
 
@@ -188,8 +205,9 @@ def write_model(folder, name, model, checkpoint):
     path = tokenizer_json(tokenizer)
     if path:
         copy_tokenizer(path, folder)
+    tokens = how_to_tokenize(tokenizer, bool(path), name)
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
-        f.write(readme(config, tokenizer, name))
+        f.write(readme(config, tokens, name))
 
 
 @dataclass

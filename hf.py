@@ -9,7 +9,6 @@ Their layout is ours: the two halves of a head are rotated in pairs, as in layer
 projection's matrix is (out, in). Only names differ, gate_proj and up_proj are joined, and the
 embedding gets rows up to a multiple of 64.
 """
-import json
 import os
 import re
 
@@ -17,27 +16,36 @@ import torch
 
 from configurator import UserError, mismatch
 from model import GSA, GSAConfig
+from tokenizer_hf import MAIN_FILE, fetch, read_json
 from weights import load_tensors, refuse
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
 
-# The entries of config.json that are read: those that must be there, those that may be
+# The entries of config.json whose types are checked here (GSAConfig checks the numbers): those that
+# must be there, those that may be
 NEEDED = {
-    "architectures": [str], "vocab_size": int, "max_position_embeddings": int,
-    "num_hidden_layers": int, "num_attention_heads": int, "hidden_size": int,
-    "intermediate_size": int,
+    "vocab_size": int, "max_position_embeddings": int, "num_hidden_layers": int,
+    "num_attention_heads": int, "hidden_size": int, "intermediate_size": int,
 }
 OPTIONAL = {
     "num_key_value_heads": int, "head_dim": int, "tie_word_embeddings": bool,
     "attention_bias": bool, "mlp_bias": bool, "use_sliding_window": bool, "layer_types": [str],
     "rope_parameters": {}, "rope_scaling": {},
 }
+# What transformers takes where an entry is absent, if that is not the same as null
+ABSENT = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# Entries of published rope_scalings that transformers ignores: Yarn-Llama-2 tells that it was
+# finetuned, DeepSeek-R1-0528-Qwen3-8B has an attn_factor, which is not YaRN's attention_factor
+IGNORED = ("finetuned", "attn_factor")
 
-# Our names of modules -> theirs, whose tensors lie one behind the other in ours
+# Our module -> theirs; two of theirs are concatenated by rows
 OUTSIDE = {
     "embed": ["model.embed_tokens"],
     "norm": ["model.norm"],
@@ -57,24 +65,24 @@ IN_LAYER = {
 }
 
 
-def load(path_or_id, dtype=torch.float32):
+def load(path_or_id, with_weights=True):
     """
     A checkpoint in a folder, or of the hub (an id like Qwen/Qwen3-0.6B, fetched once). Returns
         the settings of GSAConfig that the model has, as a dict. block_size is the longest context
             that it was made for; a shorter one makes smaller tables;
-        {parameter name of ours: tensor of `dtype`}, in CPU memory, all that a dense GSA needs;
-        {"folder": …, "architecture": …, "tokenizer": path of tokenizer.json, "" without}.
+        {parameter name of ours: tensor}, all that a dense GSA needs, in CPU memory and of the
+            dtype in the file (GSA.load_state_dict converts); {} if not with_weights, and then
+            nothing large is fetched;
+        {"folder": …, "tokenizer": path of tokenizer.json, "" without}.
     Raises UserError, in one line, for what is missing, damaged or not supported.
     """
-    folder = find(path_or_id)
+    folder = find(path_or_id, with_weights)
     path = os.path.join(folder, CONFIG)
-    theirs = read_json(path, {})
-    config = read_config(theirs, path)
-    weights = convert(read_tensors(folder), config, folder, dtype)
-    tokenizer = os.path.join(folder, TOKENIZER)
+    config = read_config(read_json(path), path)
+    weights = convert(read_tensors(folder), config, folder) if with_weights else {}
+    tokenizer = os.path.join(folder, MAIN_FILE)
     metadata = {
         "folder": folder,
-        "architecture": theirs["architectures"][0],
         "tokenizer": tokenizer if os.path.exists(tokenizer) else "",
     }
     return config, weights, metadata
@@ -83,35 +91,15 @@ def load(path_or_id, dtype=torch.float32):
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def find(path_or_id):
+def find(path_or_id, with_weights):
     """The folder of a checkpoint; one of the hub is fetched into the hub's cache."""
-    if os.path.isdir(path_or_id):
-        return path_or_id
+    path = os.path.expanduser(path_or_id)  # a shell leaves the ~ in hf:~/llama
+    if os.path.isdir(path):
+        return path
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id):
-        raise UserError(f"there is no folder {path_or_id}")
-    import huggingface_hub  # comes with datasets
-    files = [CONFIG, "model*.safetensors", INDEX, "tokenizer*"]
-    try:
-        return huggingface_hub.snapshot_download(path_or_id, allow_patterns=files)
-    except Exception as e:  # no network, no such model, no permission: each raises its own type
-        reason = str(e).strip().split("\n")[0]
-        raise UserError(f"{path_or_id} is no folder and cannot be fetched ({reason}): put its "
-                        f"{CONFIG}, *.safetensors and {TOKENIZER} into a folder, and name that"
-                        ) from None
-
-
-def read_json(path, shape):
-    """The dict in a file, with at least the entries of `shape` (see configurator.mismatch)."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON") from None
-    if wrong := mismatch(value, shape):
-        raise UserError(f"{path} is damaged: {wrong}")
-    return value
+        raise UserError(f"there is no folder {path}")
+    return fetch(path_or_id, f"put its {CONFIG}, *.safetensors and {MAIN_FILE} into a folder, and "
+                             "name that", with_weights)
 
 
 def read_tensors(folder):
@@ -134,38 +122,42 @@ def read_tensors(folder):
 # --------------------------------------------------------------------------------------------------
 # config.json
 
-def read_config(theirs, path):
+def read_config(their_config, path):
     """The settings of GSAConfig that a config.json (a dict) says. Raises UserError."""
-    # null means the same as nothing, there and in transformers
-    theirs = {key: value for key, value in theirs.items() if value is not None}
-    present = {key: shape for key, shape in OPTIONAL.items() if key in theirs}
-    wrong = mismatch(theirs, NEEDED | present)
-    if wrong:
-        raise UserError(f"{path} is damaged: {wrong}")
-    wrong = unsupported(theirs)
+    # 1. what is absent
+    refuse_damage(path, their_config, {"architectures": [str]})
+    architecture = (their_config["architectures"] or ["none"])[0]
+    their_config = ABSENT.get(architecture, {}) | their_config
+    # From here on, null and absent are the same
+    their_config = {key: value for key, value in their_config.items() if value is not None}
+    # 2. what is refused
+    present = {key: shape for key, shape in OPTIONAL.items() if key in their_config}
+    refuse_damage(path, their_config, present)
+    wrong = unsupported(their_config, architecture)
     if wrong:
         raise UserError(f"{path}: {wrong} is not supported; it takes one of "
-                        f"{', '.join(ARCHITECTURES)}, with full attention and unquantized")
-    architecture = theirs["architectures"][0]
+                        f"{', '.join(ABSENT)}, with full attention and unquantized")
+    refuse_damage(path, their_config, NEEDED)
+    # 3. the settings
     attention_bias = False
     if architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM"):
-        attention_bias = theirs.get("attention_bias", False)
-    rope_base, rope_scaling = read_rope(theirs)
+        attention_bias = their_config.get("attention_bias", False)
+    rope_base, rope_scaling = read_rope(their_config)
     config = dict(
-        vocab_size=theirs["vocab_size"],
-        block_size=theirs["max_position_embeddings"],
-        n_layer=theirs["num_hidden_layers"],
-        n_head=theirs["num_attention_heads"],
-        n_kv_head=theirs.get("num_key_value_heads", theirs["num_attention_heads"]),
-        n_embd=theirs["hidden_size"],
-        d_head=theirs.get("head_dim", 0),
-        d_mlp=theirs["intermediate_size"],
-        tie_embed=theirs.get("tie_word_embeddings", False),
+        vocab_size=their_config["vocab_size"],
+        block_size=their_config["max_position_embeddings"],
+        n_layer=their_config["num_hidden_layers"],
+        n_head=their_config["num_attention_heads"],
+        n_kv_head=their_config.get("num_key_value_heads", their_config["num_attention_heads"]),
+        n_embd=their_config["hidden_size"],
+        d_head=their_config.get("head_dim", 0),
+        d_mlp=their_config["intermediate_size"],
+        tie_embed=their_config.get("tie_word_embeddings", False),
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
-        mlp_bias=architecture == "LlamaForCausalLM" and theirs.get("mlp_bias", False),
+        mlp_bias=architecture == "LlamaForCausalLM" and their_config.get("mlp_bias", False),
         qk_norm=architecture == "Qwen3ForCausalLM",
-        norm_eps=theirs.get("rms_norm_eps", 1e-6),
+        norm_eps=their_config.get("rms_norm_eps", 1e-6),
         rope_base=rope_base,
         rope_scaling=rope_scaling,
     )
@@ -173,38 +165,46 @@ def read_config(theirs, path):
         full = GSAConfig.arm("dense", **config)
     except (ValueError, OverflowError) as e:
         raise UserError(f"{path}: {e}") from None
-    numbers = {name: float(config[name]) for name in ("norm_eps", "rope_base")}  # not 10000
+    # floats, as resumed settings compare types
+    numbers = {name: float(config[name]) for name in ("norm_eps", "rope_base")}
     return config | {"d_head": full.d_head} | numbers
 
 
-def unsupported(theirs):
+def refuse_damage(path, their_config, shape):
+    """Raise UserError where a config.json is not of a shape (see configurator.mismatch)."""
+    wrong = mismatch(their_config, shape)
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong}")
+
+
+def unsupported(their_config, architecture):
     """What of a config.json our model does not have; "" = nothing."""
-    architecture = (theirs["architectures"] or ["none"])[0]
-    if architecture not in ARCHITECTURES:
+    if architecture not in ABSENT:
         return f"architecture {architecture}"
-    if theirs.get("hidden_act", "silu") != "silu":
-        return f"hidden_act {theirs['hidden_act']!r}"
-    if "quantization_config" in theirs:
+    if their_config.get("hidden_act", "silu") != "silu":
+        return f"hidden_act {their_config['hidden_act']!r}"
+    if "quantization_config" in their_config:
         return "quantization_config"
-    if theirs.get("partial_rotary_factor", 1) != 1:
+    if their_config.get("partial_rotary_factor", 1) != 1:
         return "partial_rotary_factor"
     # Qwen's sliding_window counts only where use_sliding_window is set, Mistral's always
-    sliding = theirs.get("use_sliding_window", False)
+    sliding = their_config.get("use_sliding_window", False)
     if architecture == "MistralForCausalLM":
-        sliding = "sliding_window" in theirs
-    if sliding or set(theirs.get("layer_types", [])) - {"full_attention"}:
+        sliding = "sliding_window" in their_config
+    if sliding or set(their_config.get("layer_types", [])) - {"full_attention"}:
         return "sliding_window"
     return ""
 
 
-def read_rope(theirs):
+def read_rope(their_config):
     """
     (rope_base, rope_scaling) of a config.json. transformers 5 writes rope_parameters with
     rope_theta in it, transformers 4 wrote rope_theta and rope_scaling, before that with "type".
     """
-    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    scaling = {key: value for key, value in given.items() if value is not None}
-    base = scaling.pop("rope_theta", theirs.get("rope_theta", 10000.0))
+    given = their_config.get("rope_parameters") or their_config.get("rope_scaling") or {}
+    scaling = {key: value for key, value in given.items()
+               if value is not None and key not in IGNORED}
+    base = scaling.pop("rope_theta", their_config.get("rope_theta", 10000.0))
     kind = scaling.pop("type", "default")
     kind = scaling.pop("rope_type", kind)
     if scaling.get("partial_rotary_factor") == 1:
@@ -213,7 +213,8 @@ def read_rope(theirs):
         return base, {}
     if kind in ("llama3", "yarn"):
         # where the length is not told, transformers takes this for it
-        scaling.setdefault("original_max_position_embeddings", theirs["max_position_embeddings"])
+        longest = their_config["max_position_embeddings"]
+        scaling.setdefault("original_max_position_embeddings", longest)
     return base, {"rope_type": kind, **scaling}
 
 
@@ -227,12 +228,12 @@ def their_names(name):
     """
     module, kind = name.rsplit(".", 1)  # kind: weight or bias
     if module in OUTSIDE:
-        return [f"{theirs}.{kind}" for theirs in OUTSIDE[module]]
+        return [f"{their_module}.{kind}" for their_module in OUTSIDE[module]]
     _, layer, module = module.split(".", 2)
-    return [f"model.layers.{layer}.{theirs}.{kind}" for theirs in IN_LAYER[module]]
+    return [f"model.layers.{layer}.{their_module}.{kind}" for their_module in IN_LAYER[module]]
 
 
-def convert(tensors, config, where, dtype):
+def convert(tensors, config, where):
     """Their tensors as {parameter name of ours: tensor}. Raises UserError where they do not fit."""
     # 1. our names and shapes, without memory for them
     with torch.device("meta"):
@@ -241,23 +242,24 @@ def convert(tensors, config, where, dtype):
     ignored = {"lm_head.weight"} if config["tie_embed"] else set()  # a copy of the embedding
     found = {name for name in tensors if name not in ignored
              and not name.endswith("rotary_emb.inv_freq")}  # which older versions saved
-    needed = {theirs for name in own for theirs in their_names(name)}
+    needed = {their_name for name in own for their_name in their_names(name)}
     wrong = [f"{name} is missing" for name in sorted(needed - found)]
     wrong += [f"{name} is unknown" for name in sorted(found - needed)]
     refuse(where, wrong)
     # 3. shapes and copies
     weights = {}
     for name, x in own.items():
-        parts = [tensors[theirs] for theirs in their_names(name)]
+        parts = [tensors[their_name] for their_name in their_names(name)]
         rows = len(x)
         if name in ("embed.weight", "unembed.weight"):
             rows = config["vocab_size"]
         shape = (rows // len(parts), *x.shape[1:])
-        for theirs, part in zip(their_names(name), parts):
+        for their_name, part in zip(their_names(name), parts):
             if part.shape != shape or not part.is_floating_point():
-                wrong.append(f"{theirs} is {part.dtype} {tuple(part.shape)}, not a float {shape}")
+                is_there = f"{part.dtype} {tuple(part.shape)}"
+                wrong.append(f"{their_name} is {is_there}, not a float {shape}")
         if not wrong:
-            padding = torch.zeros(len(x) - rows, *x.shape[1:], dtype=dtype)
-            weights[name] = torch.cat([*(part.to(dtype) for part in parts), padding])
+            padding = parts[0].new_zeros(len(x) - rows, *x.shape[1:])
+            weights[name] = torch.cat([*parts, padding])
     refuse(where, wrong)
     return weights

@@ -37,7 +37,7 @@ def check_rope_scaling(scaling, base):
     if not scaling:
         return
     kind = scaling.get("rope_type")
-    if kind not in tuple(ROPE_SCALING):  # a kind may be of any type
+    if kind not in tuple(ROPE_SCALING):  # "in" a dict would raise for a list, which has no hash
         raise ValueError(f"rope_scaling: rope_type {kind!r} is not one of "
                          f"{', '.join(ROPE_SCALING)}")
     needed, optional = (names.split() for names in ROPE_SCALING[kind])
@@ -70,12 +70,12 @@ def rope_speeds(width, base, scaling):
     scaling stretches the positions, so that a model trained at L tokens reads factor·L of them.
     A pair that turns often within L tells near positions apart, and keeps its speed. A slow pair
     would meet angles that it never saw: its speed is divided by factor.
-        linear  every pair is slow (arXiv 2306.15595)
+        linear  every speed is divided by factor (arXiv 2306.15595)
         llama3  by the number of turns within L: fast above high_freq_factor, slow below
                 low_freq_factor, a mean of both between (Llama 3.1)
-        yarn    fast above beta_fast turns, slow below beta_slow (arXiv 2309.00071, Sec. 3.2,
-                "NTK-by-parts"), and an attention factor (Sec. 3.3). Between the two the paper
-                mixes by the number of turns, its code by the number of the pair; so do we
+        yarn    fast above beta_fast turns, slow below beta_slow (arXiv 2309.00071,
+                "NTK-by-parts"), and an attention factor. Between the two the paper mixes by the
+                number of turns, its code by the number of the pair; so do we
     """
     speed = base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (width/2,)
     kind = scaling.get("rope_type", "default")
@@ -110,7 +110,8 @@ def yarn_kept(width, base, scaling):
     last = pair_that_turns(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)  # not width/2, as in the paper's code
+    # The paper's code clamps to width − 1, although there are width/2 pairs; so do we.
+    first, last = max(first, 0), min(last, width - 1)
     if first == last:
         last += 0.001
     pair = torch.arange(width // 2, dtype=torch.float64)
@@ -120,7 +121,7 @@ def yarn_kept(width, base, scaling):
 def yarn_attention_factor(scaling):
     """
     √(1/t) = 0.1·ln(factor) + 1: softmax over more keys is flatter, and q·k/t makes up for it
-    (arXiv 2309.00071, Eq. 14). mscale and mscale_all_dim (DeepSeek) take two such factors' ratio.
+    (arXiv 2309.00071). mscale and mscale_all_dim (DeepSeek) take two such factors' ratio.
     """
     if "attention_factor" in scaling:
         return scaling["attention_factor"]

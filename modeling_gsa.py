@@ -5,7 +5,7 @@ file and those that it imports beside the weights; nothing else here uses it.
     model = AutoModelForCausalLM.from_pretrained("hf_out", trust_remote_code=True)
     model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=100)
 
-Written for transformers 5.24; older versions call a cache past_key_values (tried: 4.57).
+Written for transformers 5.24.
 """
 import re
 from dataclasses import replace
@@ -16,20 +16,21 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model import GSA, GSAConfig, KVCache
 
-FIELDS = CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if "cache" in FIELDS else "past_key_values"
-
 
 class GSAModelConfig(PretrainedConfig):
     """
-    config.json. gsa: the fields of model.GSAConfig. doc_mask: attention stops at separators
-    (eos_token_id). backend: see attention.py. The others are for transformers itself.
+    config.json. gsa: the fields of model.GSAConfig. separator: the token that begins a document,
+    whatever ends a generated text (eos_token_id). doc_mask: attention stops there. backend: see
+    attention.py. The others are for transformers itself.
     """
     model_type = "gsa"
 
-    def __init__(self, gsa=None, doc_mask=True, backend="auto", **others):
+    def __init__(self, gsa=None, separator=0, doc_mask=True, backend="auto", **others):
         super().__init__(**others)
-        self.gsa, self.doc_mask, self.backend = gsa or {}, doc_mask, backend
+        self.gsa = gsa or {}
+        self.separator = separator
+        self.doc_mask = doc_mask
+        self.backend = backend
 
 
 class GrowingCache(KVCache):
@@ -120,13 +121,15 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
         # 2. the model
         x = self.trunk(idx, is_text.gather(1, order), cache)  # (B, T, C)
         # 3. back to the order of input_ids
-        place = order.argsort(dim=1)[:, -logits_to_keep:]  # (B, T'); -0 keeps all
+        place = order.argsort(dim=1)  # (B, T)
+        if logits_to_keep:
+            place = place[:, -logits_to_keep:]  # (B, T')
         x = x.gather(1, place[..., None].expand(-1, -1, x.size(2)))  # (B, T', C)
         logits = self.model.head(x)  # (B, T', vocab_size)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return output if return_dict else output.to_tuple()
 
     def trunk(self, idx, is_text, cache):
@@ -140,7 +143,7 @@ class GSAForCausalLM(PreTrainedModel, GenerationMixin):
             cache.reserve(cache.n_read)
         doc_start = None
         if self.config.doc_mask:
-            begins = is_text & (idx == self.config.eos_token_id)  # (B, T)
+            begins = is_text & (idx == self.config.separator)  # (B, T)
             doc_start = torch.where(begins, pos, last_start).cummax(1).values  # (B, T)
         x = self.model.trunk(idx, doc_start, cache)[0]  # (B, T, C)
         if cache is not None:

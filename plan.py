@@ -23,9 +23,12 @@ from model import GSA, GSAConfig
 from optim import param_groups
 
 GB = 1e9
-# Memory in GB, from NVIDIA's data sheets
-GPU_MEMORY = {"H100": 80, "H200": 141, "B200": 192, "A100": 80, "A100 40GB": 40, "L40S": 48,
-              "RTX 4090": 24}
+# Bytes that CUDA reports for a card (torch's total_memory; drivers differ by some 0.1 %), as
+# pick_card reads them of this machine's own. From out-of-memory messages that people posted:
+# H100 and A100 79.2 GiB, H200 139.7, B200 178.3, A100 40GB 39.5, L40S 44.4, RTX 4090 23.6
+GPU_MEMORY = {"H100": 85.0 * GB, "H200": 150.0 * GB, "B200": 191.5 * GB, "A100": 85.0 * GB,
+              "A100 40GB": 42.4 * GB, "L40S": 47.7 * GB, "RTX 4090": 25.4 * GB}
+HOPPER = 90  # the compute capability for which kernels.py's tiles are planned
 CONTEXT = 1.5 * GB  # assumed: the CUDA context, cuBLAS, NCCL, and gaps between tensors
 
 KINDS = {  # part of a parameter's name -> what the report calls it; the first that fits
@@ -49,13 +52,13 @@ def pick_card(cfg):
             near = difflib.get_close_matches(cfg.gpu, GPU_MEMORY, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"gpu {cfg.gpu!r} is not one of {', '.join(GPU_MEMORY)}{hint}")
-        return Card(cfg.gpu, GPU_MEMORY[cfg.gpu] * GB)
+        return Card(cfg.gpu, GPU_MEMORY[cfg.gpu])
     if cfg.device.startswith("cpu"):
         return Card("CPU", None)
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Card(properties.name, properties.total_memory)
-    return Card("H100 (assumed: no GPU here, no --gpu)", GPU_MEMORY["H100"] * GB)
+    return Card("H100 (assumed: no GPU here, no --gpu)", GPU_MEMORY["H100"])
 
 
 def bare_model(cfg, vocab_size):
@@ -76,37 +79,50 @@ def computes_bf16(cfg, card):
     return cfg.dtype == "bfloat16" or (card.on_gpu and not cfg.dtype)
 
 
-def kept_by_layer(cfg, config, card):
+def is_masked(cfg):
+    """Is attention PyTorch's own, with a mask?"""
+    return cfg.doc_mask and not cfg.sparse
+
+
+def kept_by_layer(cfg, model_config, card):
     """
     Bytes that one layer keeps for its backward pass, of one micro-batch, by part. In the sparse
-    phase: warm-up keeps the same less the selection. config: the model's GSAConfig.
+    phase: warm-up keeps the same less the selection, and where a retrofit trains its indexer alone,
+    far less. model_config: the model's GSAConfig.
     """
     # 1. sizes
     B, T, C = cfg.batch_size, cfg.block_size, cfg.n_embd
-    H, G, d = cfg.n_head, cfg.n_kv_head, config.d_head
-    e = 2 if computes_bf16(cfg, card) else 4  # bytes of a number that a matrix product reads
+    H, G, d = cfg.n_head, cfg.n_kv_head, model_config.d_head
+    # bytes of a number that a matrix product reads
+    linear_bytes = 2 if computes_bf16(cfg, card) else 4
     triton = card.on_gpu and cfg.backend in ("auto", "triton")
     # bytes of a number in attention: the PyTorch path of the sparse arms computes in fp32
-    a = 4 if cfg.sparse and not triton else e
-    n_linear = 3 + cfg.value_gate + cfg.output_gate + 3 * cfg.sparse  # those that read norm1's h
+    attention_bytes = 4 if cfg.sparse and not triton else linear_bytes
+    n_linear = 3  # linear layers that read norm1's h
+    gated_heads = 0
+    if cfg.value_gate:
+        n_linear += 1
+        gated_heads += G
+    if cfg.output_gate:
+        n_linear += 1
+        gated_heads += H
+    if cfg.sparse:
+        n_linear += 3
     kept = {}  # bytes per token
     # 2. norms
     kept["norms"] = 2 * norm_bytes(C, 4, card)  # the residual stream is always fp32
     if cfg.qk_norm:
-        kept["norms"] += (H + G) * norm_bytes(d, e, card)
+        kept["norms"] += (H + G) * norm_bytes(d, linear_bytes, card)
     # 3. inputs of the linear layers: autocast makes a 16-bit copy of h for each
-    kept["inputs"] = C * e * (n_linear + 1 if e == 2 else 2)
+    kept["inputs"] = C * linear_bytes * (n_linear + 1 if linear_bytes == 2 else 2)
     # 4. attention: q, k, v, o, and 4 RoPE tables (T, d/2)
-    masked = cfg.doc_mask and not cfg.sparse  # PyTorch's attention with a mask (model.py)
-    kv_heads = H if masked and card.on_gpu else G
-    kept["attention"] = (2 * H + 2 * kv_heads) * d * a + 2 * d * e / B
-    if a != e:
-        kept["attention"] += H * d * e  # o once more, in 16 bits
+    kv_heads = H if is_masked(cfg) and card.on_gpu else G  # see layers.dense_attention
+    kept["attention"] = (2 * H + 2 * kv_heads) * d * attention_bytes + 2 * d * linear_bytes / B
+    if attention_bytes != linear_bytes:
+        kept["attention"] += H * d * linear_bytes  # o once more, in 16 bits
     if triton or not cfg.sparse:
         kept["attention"] += 4 * H  # LSE
-    if masked:
-        kept["attention"] += T * e  # the mask (B, 1, T, T)
-    kept["gates"] = 2 * e * d * (G * cfg.value_gate + H * cfg.output_gate)
+    kept["gates"] = 2 * linear_bytes * d * gated_heads
     # 5. indexer: gradients of q^I, k^I, w, computed with the loss; σ's output; 4 RoPE tables
     if cfg.sparse:
         Hi, di = cfg.n_index_head, cfg.d_index
@@ -115,9 +131,9 @@ def kept_by_layer(cfg, config, card):
         if triton:
             if not cfg.activation_checkpointing:
                 kept["selection"] = 0.0  # kernels.py keeps the union list only
-            kept["selection"] += union_bytes(cfg, d * e, e == 4) / (B * T)
+            kept["selection"] += union_bytes(cfg, d * linear_bytes, linear_bytes == 4) / (B * T)
     # 6. MLP: gate and up, silu(gate), their product
-    kept["MLP"] = 4 * config.d_mlp * e
+    kept["MLP"] = 4 * model_config.d_mlp * linear_bytes
     return {name: n * B * T for name, n in kept.items()}
 
 
@@ -131,7 +147,7 @@ def norm_bytes(width, e, card):
 def union_bytes(cfg, row_bytes, fp32):
     """At most so many bytes are in a layer's union list (kernels.union_list)."""
     T = cfg.block_size
-    TQ = kernels.queries_per_tile(90, cfg.n_head // cfg.n_kv_head, row_bytes, fp32=fp32)
+    TQ = kernels.queries_per_tile(HOPPER, cfg.n_head // cfg.n_kv_head, row_bytes, fp32=fp32)
     longest = min(T, TQ * min(cfg.budget().largest, T))
     return 8 * cfg.batch_size * sum(min(t + TQ, T, longest) for t in range(0, T, TQ))
 
@@ -143,8 +159,8 @@ def memory(cfg, model, card, world):
     n = sum(groups.values())
     matrix, embed = groups["matrix"], groups["embed"]
     tokens = cfg.batch_size * cfg.block_size
-    e = 2 if computes_bf16(cfg, card) else 4
-    again = cfg.activation_checkpointing
+    linear_bytes = 2 if computes_bf16(cfg, card) else 4  # as in kept_by_layer
+    recomputed = cfg.activation_checkpointing
     sharded = matrix + embed if cfg.fsdp else 0  # see sharding.py
     held = n - sharded + sharded / world  # parameters on this rank
     # 2. what lasts
@@ -152,32 +168,40 @@ def memory(cfg, model, card, world):
     if cfg.muon:  # it keeps one average of the gradients, AdamW two
         parts["optimizer"] -= 4 * matrix / (world if cfg.fsdp else 1)
     if cfg.fsdp:
-        # the embedding, the block at work and the next one; the gradient of one block
-        parts["gathered"] = 4 * embed + (2 * e + 4) * matrix / cfg.n_layer
+        # The embedding with its gradient, which waits whole for the end of the backward pass; the
+        # block at work and the next one; the gradient of one block
+        parts["gathered"] = 8 * embed + (2 * linear_bytes + 4) * matrix / cfg.n_layer
     copies = 0  # autocast's 16-bit copies of the blocks' matrices
-    if e == 2:
+    if linear_bytes == 2:
         parts["16-bit weights"] = 2 * model.embed.weight.numel()  # of the output projection
         copies = 0 if cfg.fsdp else 2 * matrix  # FSDP gathers them in 16 bits already
-        if not again:  # checkpointed blocks do not keep them for the backward pass
+        if not recomputed:  # checkpointed blocks do not keep them for the backward pass
             parts["16-bit weights"] += copies
     # 3. activations
     layer = kept_by_layer(cfg, model.config, card)
     whole = sum(layer.values())
     kept = whole
-    if again:
+    if recomputed:
         kept = 4 * tokens * cfg.n_embd + layer.get("selection", 0)  # x and S_t
     # outside of the blocks: the last norm, the output projection's input, idx and targets
-    last = tokens * (norm_bytes(cfg.n_embd, 4, card) + cfg.n_embd * e + 16)
+    last = tokens * (norm_bytes(cfg.n_embd, 4, card) + cfg.n_embd * linear_bytes + 16)
+    if is_masked(cfg):
+        last += tokens * cfg.block_size * linear_bytes  # the bias (B, 1, T, T), one for all layers
     parts["activations"] = cfg.n_layer * kept + last
     rows = model.embed.num_embeddings
-    parts["logits"] = tokens * (rows * e + 4 * model.config.vocab_size)  # and log softmax, fp32
+    vocab_size = model.config.vocab_size
+    parts["logits"] = tokens * (rows * linear_bytes + 4 * vocab_size)  # and log softmax, fp32
     # 4. working memory, the largest of: the copies, held by autocast until the loss is there; two
     # gradients of the logits in fp32; later, when the logits' memory is free again, the gradients
     # inside a block, about as large as what it keeps, and its activations if they come anew
-    later = whole * (1 + again) - parts["logits"]
+    later = whole - parts["logits"]
+    copies_held = 0
+    if recomputed:
+        later += whole
+        copies_held = copies
     if card.on_gpu and cfg.sparse:
         later += kernels.PARTIAL_BYTES
-    parts["working memory"] = max(copies * again, 8 * tokens * model.config.vocab_size, later)
+    parts["working memory"] = max(copies_held, 8 * tokens * vocab_size, later)
     if card.on_gpu:
         parts["CUDA, NCCL"] = CONTEXT
     return parts
@@ -190,8 +214,8 @@ def what_fits(cfg, model, card, world):
         batches.append(batches[-1] // 2)
     shard = [cfg.fsdp, True] if world > 1 else [cfg.fsdp]
     recompute = [cfg.activation_checkpointing, True]
-    for batch, fsdp, again in itertools.product(batches, shard, recompute):
-        other = replace(cfg, batch_size=batch, fsdp=fsdp, activation_checkpointing=again,
+    for batch, fsdp, recomputed in itertools.product(batches, shard, recompute):
+        other = replace(cfg, batch_size=batch, fsdp=fsdp, activation_checkpointing=recomputed,
                         grad_accum=cfg.grad_accum * cfg.batch_size // batch)
         if sum(memory(other, model, card, world).values()) <= card.memory:
             names = "activation_checkpointing fsdp batch_size grad_accum".split()
@@ -231,7 +255,7 @@ def hours(cfg, flops, gpu, world):
 # --------------------------------------------------------------------------------------------------
 # The report
 
-def check_plan(cfg, config, card, data, world):
+def check_plan(cfg, model_config, card, data, world):
     """Refuse what cannot run, whatever the memory. data: Data or None. Raises UserError."""
     if cfg.grad_accum % world:
         raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) is "
@@ -247,7 +271,7 @@ def check_plan(cfg, config, card, data, world):
                             f"and the {split} data of {cfg.data} has {available:,}: "
                             f"--block_size={max(1, available - 1)} or shorter, or prepare more")
     if card.on_gpu and cfg.sparse and cfg.backend in ("auto", "triton"):
-        q = torch.empty(1, cfg.block_size, cfg.n_head, config.d_head, device="meta")
+        q = torch.empty(1, cfg.block_size, cfg.n_head, model_config.d_head, device="meta")
         try:
             checks.check_triton("the plan's q", q, cfg.block_size, cfg.n_kv_head)
         except ValueError as e:
@@ -307,9 +331,9 @@ def report_memory(cfg, model, card, world):
     line("memory", f"GB on each of {world} × {card.name}")
     for name, size in parts.items():
         line(f"  {name}", f"{size / GB:8.2f}")
-    for again in (False, True):
-        other = memory(replace(cfg, activation_checkpointing=again), model, card, world)
-        how = "with" if again else "without"
+    for recomputed in (False, True):
+        other = memory(replace(cfg, activation_checkpointing=recomputed), model, card, world)
+        how = "with" if recomputed else "without"
         line("  in all", f"{sum(other.values()) / GB:8.2f}  {how} activation_checkpointing")
     layer = kept_by_layer(replace(cfg, activation_checkpointing=False), model.config, card)
     each = ", ".join(f"{name} {size / GB:.3f}" for name, size in layer.items())

@@ -12,8 +12,8 @@ gradient and optimizer state, and gathers a block's matrices when it needs them:
 
 A part is a DTensor: the local rows and the knowledge of where the others are.
 
-    sharding.shard(model, bf16=True)              # before the optimizers are made
-    sharding.average_whole_gradients(model)       # after the last one
+    sharding.shard(model, "cuda:0", bf16=True)      # before the optimizers are made
+    sharding.average_undivided_gradients(model)     # after the step's last backward pass
     norm = sharding.clip(params, 1.0)
     sharding.save_shards(folder, {"model.embed.weight": p})
     sharding.Shards(folder)["model.embed.weight"]   # whole again, on any number of ranks
@@ -41,7 +41,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # --------------------------------------------------------------------------------------------------
 # The model
 
-def whole_parameters(model):
+def undivided_parameters(model):
     """
     The parameters that every rank keeps whole, in fp32: the indexers and all vectors, about 2 % of
     the model. FSDP2 takes no scalars (log_tau), and gathered in 16 bits the indexer's scores would
@@ -62,12 +62,12 @@ def shard(model, device, bf16, compiled=False):
     storage()  # a missing package is better noticed now than at the first checkpoint
     kind = device.split(":")[0]
     how = dict(mesh=init_device_mesh(kind, (dist.get_world_size(),)),
-               ignored_params=set(whole_parameters(model)))
+               ignored_params=set(undivided_parameters(model)))
     policy = MixedPrecisionPolicy()
     if bf16:
         # The block's input, the residual stream, stays fp32 as without FSDP
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for p in whole_parameters(model):
+    for p in undivided_parameters(model):
         dist.broadcast(p.detach(), 0)  # on unlike CPUs random numbers may differ in the last bit
     for block in model.blocks:
         if compiled:
@@ -77,9 +77,9 @@ def shard(model, device, bf16, compiled=False):
 
 
 @torch.no_grad()
-def average_whole_gradients(model):
-    """Average the gradients of whole_parameters over the ranks. FSDP does so for the others."""
-    grads = [p.grad for p in whole_parameters(model) if p.grad is not None]
+def average_undivided_gradients(model):
+    """Average the gradients of undivided_parameters over the ranks. FSDP does so for the others."""
+    grads = [p.grad for p in undivided_parameters(model) if p.grad is not None]
     if not grads:
         return
     together = torch.cat([g.flatten() for g in grads])  # one message instead of hundreds
@@ -188,7 +188,8 @@ class Shards(Mapping):
     def readable(self):
         try:
             yield
-        except (Exception, self.dcp.api.CheckpointException) as e:  # a damaged file raises any type
+        # A damaged file raises any type. CheckpointException is a BaseException, no Exception
+        except (Exception, self.dcp.api.CheckpointException) as e:
             raise UserError(f"{self.folder} holds no readable shards: {last_line(e)}") from None
 
 

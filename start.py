@@ -61,7 +61,7 @@ def load_hf(path_or_id, with_weights=True):
     A Hugging Face checkpoint, as a checkpoint's dict with the entries path, model, model_config,
     config and tokenizer (the path of its tokenizer.json, "" without).
     """
-    config, weights, about = hf.load(path_or_id)
+    config, weights, about = hf.load(path_or_id, with_weights)
     config["block_size"] = min(config["block_size"], DEFAULT_CONTEXT)
     return {"path": about["folder"], "model": weights, "model_config": config,
             "config": {"attention": "dense"}, "tokenizer": about["tokenizer"]}

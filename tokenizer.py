@@ -90,9 +90,10 @@ def full_name(given):
     if given in known:
         return given
     kind, _, path = given.partition(":")
+    path = os.path.expanduser(path)  # a shell leaves the ~ in hf:~/llama
     if kind in ("llama3", "tiktoken"):
         return f"{kind}:{os.path.abspath(path)}"
-    place = path if kind == "hf" else given
+    place = path if kind == "hf" else os.path.expanduser(given)
     if os.path.exists(place):
         return f"hf:{os.path.abspath(place)}"
     hub_id = r"\w[\w.-]*/\w[\w.-]*"
@@ -120,15 +121,16 @@ class Tokenizer:
     def __init__(self, name):
         name = full_name(name)
         self.name = name
-        if name == "bytes":
+        self.kind, _, place = name.partition(":")
+        if self.kind == "bytes":
             ranks = {bytes([i]): i for i in range(256)}
             self.enc = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                          special_tokens={"<|endoftext|>": 256})
-        elif name.startswith(("llama3:", "tiktoken:")):
+        elif self.kind in ("llama3", "tiktoken"):
             self.enc = _rank_file_encoding(name)
-        elif name.startswith("hf:"):
-            from tokenizer_hf import HubEncoding  # an optional package
-            self.enc = HubEncoding(name.removeprefix("hf:"))
+        elif self.kind == "hf":
+            from tokenizer_hf import HubEncoding  # which imports this file
+            self.enc = HubEncoding(place)
         else:
             try:
                 self.enc = tiktoken.get_encoding(name)
@@ -137,19 +139,19 @@ class Tokenizer:
                     f"tokenizer {name!r} must be downloaded once and cannot be: "
                     "use --tokenizer bytes, or set TIKTOKEN_CACHE_DIR to a folder "
                     "filled on a machine with network") from None
-        if name.startswith("hf:"):
+        if self.kind == "hf":
             self.separator = self.enc.separator
         else:
-            end = "<|end_of_text|>" if name.startswith("llama3:") else "<|endoftext|>"
+            end = "<|end_of_text|>" if self.kind == "llama3" else "<|endoftext|>"
             self.separator = self.enc.encode_single_token(end)
         self.vocab_size = self.enc.n_vocab
         self.dtype = np.dtype("uint16" if self.vocab_size <= 1 << 16 else "uint32")
 
     def encode(self, text):
         """str (no lone surrogates) -> 1-D numpy array of ids."""
-        if self.name == "bytes":
+        if self.kind == "bytes":
             return np.frombuffer(text.encode(), dtype=np.uint8)
-        if self.name.startswith("hf:"):
+        if self.kind == "hf":
             return self.enc.encode_to_numpy(text)
         pieces = [self.enc.encode_to_numpy(p, disallowed_special=()) for p in _cut_blanks(text)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -199,8 +201,7 @@ def open_tokenizer(meta, name=""):
                         f"checkpoint was made with (SHA-256 {tokenizer.fingerprint[:12]}…, "
                         f"not {wanted[:12]}…): bring that file back")
     # "gpt2" and "tiktoken:PATH" may hold the same tokens, but they split text by other patterns.
-    kind = tokenizer.name.partition(":")[0]
-    if kind != meta["tokenizer"].partition(":")[0]:
+    if tokenizer.kind != meta["tokenizer"].partition(":")[0]:
         raise UserError(f"tokenizer {tokenizer.name!r} splits text otherwise than "
                         f"{meta['tokenizer']!r}, which made this data or checkpoint: "
                         "give one of that kind")

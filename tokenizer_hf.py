@@ -10,7 +10,7 @@ of vocabulary can do that, and everything else is refused:
     BPE with byte fallback: a token is text with ▁ for a blank, or one byte of a rare character
         (Llama 2, Mistral, Gemma)           " Hi\\n" -> "▁Hi", "<0x0A>"
 
-The file's own rules apply, with these exceptions (`exact_rules`):
+The file's own rules apply, with these exceptions (`check_rules`, `make_exact`):
 
     1. Text that spells a special token stays ordinary text, and no special token is added. Added
        tokens that are not special (Qwen's "<think>", runs of blanks) are tokens like any other.
@@ -21,13 +21,16 @@ The file's own rules apply, with these exceptions (`exact_rules`):
 
 One rule changes the text: Unicode's NFC (Qwen), which composes letters with their accents. It
 stays, since the model was trained with it: decode gives, and token_lengths count, the NFC text.
+So eval.py divides by the bytes of the NFC text, train.py by those of the text itself (meta.json):
+their bits per byte differ where a text was not in NFC.
 """
 import json
 import os
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, mismatch
+from tokenizer import MAX_VOCAB
 
 # Each document is one call: prepare.py's processes are the parallel part. Without this, the package
 # starts threads, and warns when a process that has them forks.
@@ -40,7 +43,6 @@ END_OF_TEXT = {  # file beside tokenizer.json -> its entry for the end of a text
     "tokenizer_config.json": "eos_token"}
 BLANK = "▁"  # U+2581
 BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
-MAX_VOCAB = 1 << 24  # a larger id is a damaged file (as in tokenizer.py)
 LONGEST = 1_000_000  # characters encoded at a time: each takes up to 300 bytes of memory meanwhile
 TRIAL = " two  blanks\r\n\t\0é漢字😀 <0x0A> ▁ "  # in NFC
 
@@ -53,39 +55,65 @@ PRE_TOKENIZERS = {"byte-level": ["ByteLevel", "Split", "Digits", "Punctuation"],
 # --------------------------------------------------------------------------------------------------
 # Files
 
-def fetch(hub_id):
+def fetch(hub_id, instead, weights=False):
     """
-    The folder that holds a hub model's tokenizer files, downloaded at first use.
-    Raises UserError.
+    The folder that holds the settings and the tokenizer of a model of the hub, and its weights if
+    they are wanted; downloaded at first use. hf.py calls this too: what decides about the separator
+    must be the same wherever a model is opened. instead: what to do without network, for the
+    message. Raises UserError.
     """
     import huggingface_hub  # comes with datasets
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
-    disable_progress_bars()
+    patterns = ["*config.json", "tokenizer*"]
+    if weights:
+        patterns.append("model*.safetensors*")  # and their index
+    else:
+        disable_progress_bars()
     try:
-        return huggingface_hub.snapshot_download(hub_id, allow_patterns=[MAIN_FILE, *END_OF_TEXT])
+        return huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns)
     except GatedRepoError:
         reason = "accept its licence on huggingface.co and set HF_TOKEN"
     except RepositoryNotFoundError:
         reason = "no such model, or a private one: set HF_TOKEN"
     except Exception as e:  # a dozen types for "no network"
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-    raise UserError(f"tokenizer {hub_id!r} is no file or folder here and cannot be fetched "
-                    f"({reason}); without network put the model's {MAIN_FILE} and config.json into "
-                    "a folder and give --tokenizer=FOLDER")
+    raise UserError(f"{hub_id!r} is no file or folder here and cannot be fetched ({reason}); "
+                    f"without network {instead}")
 
 
-def read_json(path):
-    """The dict in a JSON file. Raises UserError for a file that is missing or damaged."""
+def find_tokenizer(place):
+    """
+    The path of the tokenizer.json that a place means: that file, a folder, or an id of the hub.
+    Raises UserError.
+    """
+    path = place
+    if not os.path.exists(place):
+        path = fetch(place, f"put the model's {MAIN_FILE} and config.json into a folder and give "
+                            "--tokenizer=FOLDER")
+    if os.path.isdir(path):
+        path = os.path.join(path, MAIN_FILE)
+        if not os.path.exists(path):
+            raise UserError(f"tokenizer {place!r} holds no {MAIN_FILE}: transformers writes it "
+                            "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))")
+    return path
+
+
+def read_json(path, shape={}):
+    """
+    The dict in a JSON file, with at least the entries of `shape` (see configurator.mismatch).
+    Raises UserError for a file that is missing or damaged.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             data = json.load(f)
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
+        raise UserError(f"{path} cannot be read: {e.strerror or e}") from None
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: it is not JSON") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
+    wrong = mismatch(data, shape)
+    if wrong:
+        raise UserError(f"{path} is damaged: {wrong}")
     return data
 
 
@@ -146,43 +174,52 @@ def kind_of_vocabulary(data):
     return kind
 
 
-def exact_rules(data, kind, end):
+def check_rules(data, kind):
     """
-    Change the dict of a tokenizer.json such that the bytes of a text's tokens are the text.
-    kind: of the vocabulary. end: the separator's spelling.
-    Raises ValueError, with the reason, where that cannot be.
+    Raise ValueError, with the reason, where a step of a tokenizer.json drops or changes characters.
+    data: its dict. kind: of its vocabulary.
     """
-    # 1. do its steps keep every character?
-    model = data["model"]
-    normalizers = [s for s in steps(data.get("normalizer")) if s["type"] != "Prepend"]  # rule 2
-    pre_tokenizers = steps(data.get("pre_tokenizer"))
-    for step in normalizers:
+    for step in steps(data.get("normalizer")):
         blanks = step.get("pattern") == {"String": " "} and step.get("content") == BLANK
-        if step["type"] not in NORMALIZERS[kind] or step["type"] == "Replace" and not blanks:
+        known = step["type"] in ["Prepend", *NORMALIZERS[kind]]  # rule 2 takes Prepend out
+        if not known or step["type"] == "Replace" and not blanks:
             raise ValueError(f"its normalizer {step['type']} changes the text")
-    for step in pre_tokenizers:
+    for step in steps(data.get("pre_tokenizer")):
         drops = step.get("behavior") == "Removed"
         if step["type"] not in PRE_TOKENIZERS[kind] or drops:
             raise ValueError(f"its pre-tokenizer {step['type']} drops or changes characters")
-        if step["type"] == "ByteLevel":
-            step["add_prefix_space"] = False  # rule 2
-        elif step["type"] == "Metaspace":
-            step.pop("add_prefix_space", None)  # of old files
-            step["prepend_scheme"] = "never"  # rule 2
+    model = data["model"]
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ValueError("its tokens mark the inside or the end of a word")
 
+
+def make_exact(data, kind, end):
+    """
+    Change the dict of a tokenizer.json that has passed check_rules, such that the bytes of a text's
+    tokens are the text. end: the separator's spelling.
+    """
+    # 1. no blank is put before the text (rule 2)
+    normalizers = [s for s in steps(data.get("normalizer")) if s["type"] != "Prepend"]
+    pre_tokenizers = steps(data.get("pre_tokenizer"))
+    for step in pre_tokenizers:
+        if step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+        elif step["type"] == "Metaspace":
+            step.pop("add_prefix_space", None)  # of old files
+            step["prepend_scheme"] = "never"
+
     # 2. special tokens, and those that stand for a byte, are never made from text
-    never = {end}
+    unspellable = {end}
     if kind == "byte fallback":
-        never.update(BYTE_TOKENS)
+        unspellable.update(BYTE_TOKENS)
     for token in data["added_tokens"]:
         token["special"] = token["special"] or token["content"] == end
         token["lstrip"] = token["rstrip"] = False  # rule 3
         if token["special"]:
-            never.add(token["content"])
+            unspellable.add(token["content"])
+    model = data["model"]
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    model["merges"] = [m for m in merges if "".join(m) not in never]
+    model["merges"] = [m for m in merges if "".join(m) not in unspellable]
 
     # 3. what remains
     data["normalizer"] = data["pre_tokenizer"] = None
@@ -238,12 +275,7 @@ class HubEncoding:
     """
 
     def __init__(self, place):
-        path = place if os.path.exists(place) else fetch(place)
-        if os.path.isdir(path):
-            path = os.path.join(path, MAIN_FILE)
-            if not os.path.exists(path):
-                raise UserError(f"tokenizer {place!r} holds no {MAIN_FILE}: transformers writes it "
-                                "(AutoTokenizer.from_pretrained(…).save_pretrained(FOLDER))")
+        path = find_tokenizer(place)
         data = read_json(path)
         try:
             self._build(data, os.path.dirname(path))
@@ -269,7 +301,8 @@ class HubEncoding:
             raise ValueError("its ids are not small numbers")
         self.separator = end_of_text(folder, ids)
         end = next(token for token, i in ids.items() if i == self.separator)
-        exact_rules(data, self.kind, end)
+        check_rules(data, self.kind)
+        make_exact(data, self.kind, end)
         self.spelled = token_spellings(data, self.kind)
         self.blank = []  # what stands for the character ▁
         if self.kind == "byte fallback":

@@ -35,7 +35,7 @@ from plan import dry_run
 from ranks import Ranks, StopSignal, shared
 from report import Reporter
 from settings import TrainConfig, settings
-from sharding import average_whole_gradients, clip, shard
+from sharding import average_undivided_gradients, clip, shard
 from start import check_start, is_auto, load_begin, open_gates_and_load, where_to_begin
 from stability import Stability
 from weights import load_weights, not_finite
@@ -267,7 +267,7 @@ class Run:
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
         if cfg.fsdp:
-            average_whole_gradients(self.raw)
+            average_undivided_gradients(self.raw)
         norms = self.clip_gradients()
         # 3. update; on all ranks alike nothing changes if a number is not finite on one of them.
         # Everything stays on the device: the host does not wait for the answer

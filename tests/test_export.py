@@ -58,6 +58,8 @@ for arm in given["arms"]:
     model.save_pretrained(f"{folder}/again_{arm}")
     again = AutoModelForCausalLM.from_pretrained(f"{folder}/again_{arm}", trust_remote_code=True)
     out["saved again"] = again(given["whole"]).logits.detach()
+    again.config.eos_token_id = [5, 256]  # as people do to stop generate() at the end of a turn
+    out["several ends"] = again(given["whole"]).logits.detach()
     try:
         generate(input_ids=given["padded"].flip(1), attention_mask=given["mask"].flip(1))
     except ValueError as e:
@@ -132,6 +134,7 @@ def test_transformers_computes_the_same_logits_and_loss(folder, exchange, arm):
     expected = torch.stack(expected_logits(folder, arm, whole))
     torch.testing.assert_close(results[arm]["logits"], expected)
     torch.testing.assert_close(results[arm]["saved again"], expected)
+    torch.testing.assert_close(results[arm]["several ends"], expected)
     loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), whole[:, 1:].flatten())
     torch.testing.assert_close(results[arm]["loss"], loss)
 
@@ -216,7 +219,41 @@ def test_a_tokenizer_json_travels_along_and_others_are_described(folder, tmp_pat
         export.write_model(str(out), "out", model, checkpoint)
         assert (out / "tokenizer.json").read_text() == "{}"
         assert json.loads((out / "tokenizer_config.json").read_text())
-        assert "AutoTokenizer" in (out / "README.md").read_text()
+        assert "AutoTokenizer.from_pretrained(\"out\"" in (out / "README.md").read_text()
+
+
+def test_a_tokenizer_of_the_hub_is_fetched_or_named(folder, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    model, checkpoint = load_model(str(folder / "run_dense"))
+    checkpoint["meta"]["tokenizer"] = "hf:meta-llama/Llama-3.2-1B"
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def written(place):
+        out = tmp_path / place
+        out.mkdir()
+        export.write_model(str(out), place, model, checkpoint)
+        return (out / "README.md").read_text()
+    # 1. there is no network, or the folder has moved
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert 'AutoTokenizer.from_pretrained("meta-llama/Llama-3.2-1B"' in written("named")
+    assert not (tmp_path / "named" / "tokenizer.json").exists()
+    checkpoint["meta"]["tokenizer"] = "hf:/moved/Llama"
+    assert 'AutoTokenizer.from_pretrained("/moved/Llama"' in written("moved")
+    # 2. it is fetched
+    checkpoint["meta"]["tokenizer"] = "hf:meta-llama/Llama-3.2-1B"
+    (snapshot / "tokenizer.json").write_text('{"a": 1}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert 'AutoTokenizer.from_pretrained("fetched"' in written("fetched")
+    assert (tmp_path / "fetched" / "tokenizer.json").read_text() == '{"a": 1}'
+
+
+@pytest.mark.parametrize("name,words", [
+    ("gpt2", 'tiktoken.get_encoding("gpt2")'), ("llama3:/a/b", "ranks of the file `llama3:/a/b`"),
+    ("tiktoken:/a", "ranks of the file `tiktoken:/a`"), ("bytes", "list(text.encode())"),
+    ("hf:owner/model", 'AutoTokenizer.from_pretrained("owner/model"')])
+def test_the_readme_says_how_text_becomes_tokens(name, words):
+    assert words in export.how_to_tokenize(name, copied=False, folder="out")
 
 
 def test_the_command_refuses_in_one_line_and_loses_nothing(folder, tmp_path, monkeypatch):

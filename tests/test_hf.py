@@ -174,20 +174,69 @@ def test_shards_are_one_checkpoint(tiny, tmp_path):
         assert torch.equal(sharded[1][name], x), name
 
 
-def test_weights_have_the_dtype_that_is_asked_for(tiny, tmp_path):
+def test_weights_keep_the_dtype_of_the_file_and_become_float32_in_the_model(tiny, tmp_path):
     copy.deepcopy(tiny[1]).bfloat16().save_pretrained(tmp_path)
-    half = hf.load(str(tmp_path), torch.bfloat16)[1]
-    single = hf.load(str(tmp_path))[1]
+    half = hf.load(str(tmp_path))[1]
+    model = build(tmp_path).state_dict()
+    assert half.keys() <= model.keys()
     for name, x in half.items():
-        assert x.dtype == torch.bfloat16 and single[name].dtype == torch.float32, name
-        assert torch.equal(x.float(), single[name]), name
+        assert x.dtype == torch.bfloat16 and model[name].dtype == torch.float32, name
+        assert torch.equal(x.float(), model[name]), name
 
 
 def test_metadata_names_the_tokenizer_if_there_is_one(folder):
     metadata = hf.load(str(folder))[2]
-    assert metadata == dict(folder=str(folder), architecture="LlamaForCausalLM", tokenizer="")
+    assert metadata == dict(folder=str(folder), tokenizer="")
     (folder / "tokenizer.json").write_text("{}")
     assert hf.load(str(folder))[2]["tokenizer"] == str(folder / "tokenizer.json")
+
+
+def test_a_plan_reads_the_settings_and_fetches_no_weights(folder, monkeypatch):
+    import huggingface_hub
+    settings = hf.load(str(folder))[0]
+    (folder / "model.safetensors").unlink()
+    asked = []
+
+    def download(hub_id, allow_patterns):
+        asked.append(allow_patterns)
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hf.load("owner/model", with_weights=False) == (
+        settings, {}, dict(folder=str(folder), tokenizer=""))
+    refused(lambda: hf.load("owner/model"), "holds neither")
+    assert asked == [["*config.json", "tokenizer*"],
+                     ["*config.json", "tokenizer*", "model*.safetensors*"]]
+
+
+def test_a_folder_in_the_home_folder_is_found(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert hf.load(f"~/{folder.name}", with_weights=False)[2]["folder"] == str(folder)
+
+
+def test_an_absent_entry_means_what_it_means_in_transformers(folder):
+    """Where null means something else: Mistral's window, KV heads, Qwen3's head width."""
+    for family, absent in hf.ABSENT.items():
+        theirs = getattr(transformers, family.replace("ForCausalLM", "Config"))
+        for name, value in absent.items():
+            assert getattr(theirs(), name) == value, (family, name)
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | {"architectures": ["MistralForCausalLM"]}
+    assert hf.read_config(settings | {"sliding_window": None}, path)["n_kv_head"] == 2
+    refused(lambda: hf.read_config(settings, path), "sliding_window is not supported")
+    many = settings | dict(architectures=["Qwen3ForCausalLM"], num_attention_heads=64)
+    del many["num_key_value_heads"], many["head_dim"]
+    read = hf.read_config(many, path)
+    assert read["n_kv_head"] == 32 and read["d_head"] == 128
+    null = hf.read_config(many | dict(num_key_value_heads=None), path)
+    assert null["n_kv_head"] == 64
+
+
+def test_entries_of_published_scalings_that_transformers_ignores_are_ignored(folder):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    expected = hf.read_config(settings, path)
+    settings["rope_parameters"] |= {"attn_factor": 0.8782488562869419, "finetuned": True}
+    assert hf.read_config(settings, path) == expected
 
 
 def test_what_older_versions_wrote_is_read_too(folder):
@@ -218,7 +267,7 @@ def test_a_length_that_yarn_does_not_tell_is_that_of_transformers(folder):
 # What is refused
 
 BAD_CONFIGS = {
-    "another architecture": (dict(architectures=["GPT2LMHeadModel"]),
+    "another architecture": (dict(architectures=["GPT2LMHeadModel"], hidden_size=None),
                              "architecture GPT2LMHeadModel .*LlamaForCausalLM, Mistral.*, Qwen2"),
     "no architecture": (dict(architectures=[]), "architecture none"),
     "a quantized model": (dict(quantization_config={"bits": 4}), "quantization_config"),

@@ -27,7 +27,7 @@ from measure import flops_per_token
 from model import ARMS, GSA, GSAConfig
 from optim import make_optimizers, optimizer_tensors
 from ranks import Ranks
-from sharding import (Shards, average_whole_gradients, clip, save_shards, shard, shard_files,
+from sharding import (Shards, average_undivided_gradients, clip, save_shards, shard, shard_files,
                       whole)
 
 
@@ -213,6 +213,27 @@ def test_a_dry_run_needs_neither_data_nor_gpu_and_counts_every_parameter(capsys)
     assert 1.5 < least <= sum(parts) + 0.05
 
 
+def test_a_local_card_and_its_name_give_the_same_plan(monkeypatch):
+    """An H100's 79.2 GiB, as CUDA reports them and as the table has them."""
+    class Properties:
+        name = "NVIDIA H100 80GB HBM3"
+        total_memory = int(79.18 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    local = plan.pick_card(train.TrainConfig(device="cuda"))
+    named = plan.pick_card(train.TrainConfig(gpu="H100"))
+    assert named.memory == pytest.approx(local.memory, rel=1e-3)
+
+
+def test_fsdp_gathers_the_embedding_with_a_whole_gradient():
+    """Numbers of 4 bytes: the embedding and its gradient, two blocks and one block's gradient."""
+    cfg = random_plan(random.Random(4), attention="dense", fsdp=True, dtype="float32")
+    model = plan.bare_model(cfg, cfg.vocab_size)
+    blocks = plan.group_sizes(model)["matrix"] / cfg.n_layer
+    gathered = plan.memory(cfg, model, plan.Card("CPU", None), 2)["gathered"]
+    assert gathered - 12 * blocks == 8 * plan.group_sizes(model)["embed"]
+
+
 def test_the_flops_of_a_plan_are_those_of_its_steps():
     cfg = random_plan(random.Random(2), attention="gsa", sparse=True, block_size=64,
                       short_block=16, short_iters=3, index_warmup_iters=5, max_iters=9)
@@ -312,7 +333,7 @@ def skip_a_step_of_a_divided_model():
             if bad and ranks.rank == 1:
                 loss = loss * math.nan
             loss.backward()
-            average_whole_gradients(model)
+            average_undivided_gradients(model)
             norm = clip([p for o in optimizers for g in o.param_groups for p in g["params"]], 1.0)
             skip = (~torch.isfinite(norm)).float()
             for optimizer in optimizers:

@@ -1,6 +1,6 @@
 # make demo    prepare, train, sample and evaluate on one CPU
 # make test    the tests
-# make soak    ten minutes of random faults and kills
+# make soak    twenty minutes of kills, lost ranks, full disks and damaged files
 # make bench   the benchmarks
 # Each sets up .venv by itself. A second demo in the same folder needs leave to replace the first:
 #     make demo DEMO_FLAGS=--overwrite
@@ -11,7 +11,7 @@ DEMO_OUT ?= out
 DEMO_FLAGS ?=
 EVAL_FLAGS ?= --max_tokens=200000
 
-SOAK_FLAGS ?= --seconds=600 --seed=0
+SOAK_FLAGS ?= --seed=0
 
 .PHONY: demo test soak bench clean
 
@@ -30,7 +30,9 @@ test: .venv/ready
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
 
 soak: .venv/ready
-	$(BIN)/python tests/fault_injection.py $(SOAK_FLAGS)
+	$(BIN)/python tests/soak_training.py $(SOAK_FLAGS)
+	$(BIN)/python tests/soak_ranks.py $(SOAK_FLAGS)
+	$(BIN)/python tests/fault_injection.py --seconds=300 $(SOAK_FLAGS)
 
 bench: .venv/ready
 	$(BIN)/python bench.py

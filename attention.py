@@ -119,6 +119,7 @@ class Visible:
     n_keys: int  # S
     start: Tensor | None = None  # (B, T), first position of each query's document; None = 0
     n_used: int | None = None  # keys 0 … n_used-1 are filled, those behind are not; None = n_keys
+    biases: dict = field(default_factory=dict)  # of bias(), by dtype
 
     @classmethod
     def causal(cls, T, start=None, device=None):
@@ -152,6 +153,15 @@ class Visible:
         if self.start is not None:
             mask = mask & (key >= self.start[:, queries, None])
         return mask
+
+    def bias(self, dtype):
+        """
+        0 = visible, -∞ = hidden: (1 or B, T, n_used) of the dtype, made once for all layers.
+        """
+        if dtype not in self.biases:
+            mask = self.mask(end=self.n_used)
+            self.biases[dtype] = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+        return self.biases[dtype]
 
     @functools.cached_property
     def tiles(self):

@@ -29,7 +29,8 @@ from configurator import UserError, say, to_json
 from data import Batches
 from device import precision
 from ranks import Ranks
-from train import Run, StopSignal, TrainConfig
+from settings import TrainConfig
+from train import Run, StopSignal
 
 FOREVER = 10**9
 
@@ -168,6 +169,7 @@ def make_run(cfg, folder, arm, doc_mask=False, warmup=False):
         index_warmup_iters=FOREVER if warmup else 0, max_iters=FOREVER, log_interval=FOREVER,
         warmup_iters=0, learning_rate=1e-3, min_lr=1e-3)
     run = Run(settings, Ranks(cfg.device), StopSignal())
+    run.prepare()
     run.step = 1  # step 0 is a logged one
     return run
 

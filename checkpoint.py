@@ -35,6 +35,7 @@ from weights import checksum, load_tensors, load_weights, save_tensors
 FILE = {"bytes": int, "xxh3": str}
 MANIFEST = {"step": int, "val_loss": None, "files": dict}
 RUN = {"step": int, "config": {"data": str}, "model_config": dict, "meta": META}
+COUNTS = {"skipped": int, "in_a_row": int, "spikes": int, "losses": list}  # entry "stability"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,10 +65,15 @@ def read_manifest(folder):
     except (ValueError, RecursionError):
         raise ValueError("manifest.json is damaged") from None
     wrong = mismatch(manifest, MANIFEST)
-    for name, entry in {} if wrong else manifest["files"].items():
+    files = {} if wrong else manifest["files"]
+    for name, entry in files.items():
         wrong = wrong or mismatch(entry, FILE)
         if not re.fullmatch(r"[\w-]+\.(safetensors|json)", name):
             wrong = f"it names the file {name!r}"
+    if not wrong and not ("run.json" in files and len(files) > 1):
+        wrong = "it does not name all files"
+    if not wrong and not os.path.basename(folder).startswith(f"step_{manifest['step']:08}"):
+        wrong = "it is that of another step"
     if wrong:
         raise ValueError(f"manifest.json is damaged: {wrong}")
     return manifest
@@ -238,6 +244,8 @@ def find_checkpoint(out_dir, which="last"):
         if damaged:
             say(f"{'; '.join(damaged)}. {folders[step]} is taken instead")
         return folders[step]
+    if which == "last" and os.path.exists(old):
+        return old
     raise UserError(f"no checkpoint can be read. {'; '.join(damaged)}")
 
 
@@ -264,6 +272,8 @@ def read_checkpoint(path):
 def check_run(run):
     """Raise ValueError, in words, unless this can be the content of a run.json."""
     wrong = mismatch(run, RUN, "run.json") or check_meta(run["meta"])
+    if not wrong and "stability" in run:  # older versions lack it
+        wrong = mismatch(run["stability"], COUNTS)
     if not wrong and run["step"] < 1:
         wrong = "its step is not positive"
     if wrong:
@@ -334,7 +344,7 @@ def check_same_data(checkpoint, meta, where):
     changed = differences(identity(checkpoint["meta"]), identity(meta))
     if changed:
         raise UserError(f"{where} is not the data that the run began with ({changed}): "
-                        f"give --data={where} to go on with it all the same")
+                        f"--init_from=resume --data={where} goes on with it all the same")
 
 
 def find_data(checkpoint):

@@ -85,15 +85,16 @@ def _read(path):
     return ast.get_docstring(tree), values
 
 
-def parse(cls, argv):
+def parse(cls, argv, doc=None):
     """
     cls: a dataclass of str, int, float, bool and dict fields.
     argv: config files, --key=value, --key value, --flag (of a bool).
     Returns the given settings only, as a dict of the fields' types.
-    Raises UserError; --help prints the settings and exits.
+    Raises UserError; --help prints the settings and exits. doc: what it prints first; by default
+    the text at the head of the dataclass's file.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, [arg for arg in argv if arg.endswith(".py")]))
+        print(help_text(cls, [arg for arg in argv if arg.endswith(".py")], doc))
         raise SystemExit(0)
     kinds = {f.name: f.type for f in fields(cls)}
     settings = {}
@@ -124,12 +125,12 @@ def parse(cls, argv):
     return settings
 
 
-def help_text(cls, configs=()):
+def help_text(cls, configs=(), doc=None):
     """
     What --help prints: the script's docstring, that of each config file, and the settings of
     the dataclass in groups. A default that a config file changes is shown changed.
     """
-    parts = [inspect.getdoc(sys.modules[cls.__module__])]
+    parts = [inspect.cleandoc(doc or sys.modules[cls.__module__].__doc__)]
     changed = {}
     for path in configs:
         doc, values = _read(path)
@@ -275,7 +276,7 @@ def to_json(value, **options):
 @contextlib.contextmanager
 def only_one(folder, script):
     """
-    Make the folder and keep other runs of `script` out of it until the block ends.
+    Make the folder and keep other runs of `script` on this machine out of it until the block ends.
     A new folder that is still empty then is removed.
     """
     import fcntl  # POSIX only
@@ -289,10 +290,10 @@ def only_one(folder, script):
             raise UserError(f"another {script} is at work on {folder}") from None
         yield
     finally:
-        os.close(handle)
         if new:
             with contextlib.suppress(OSError):  # not empty
                 os.rmdir(folder)
+        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -337,7 +338,8 @@ def run(main, argv=None):
     except UserError as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         _discard_output()
         sys.exit(1)

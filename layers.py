@@ -169,15 +169,15 @@ class MLP(nn.Module):
 
 def dense_attention(q, k, v, visible):
     """Attention over every visible key: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
-    mask = None
+    bias = None
     if not visible.plain:
         k, v = k[:, :visible.n_used], v[:, :visible.n_used]
-        mask = visible.mask(end=visible.n_used)[:, None]  # (1 or B, 1, T, n_used)
+        bias = visible.bias(q.dtype)[:, None]  # (1 or B, 1, T, n_used)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T or S, d)
-    if mask is not None and q.is_cuda:
+    if bias is not None and q.is_cuda:
         # PyTorch's fused kernels take a mask or fewer KV heads, not both: it would fall back to
         # its own eager attention, with O(T·S) memory
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))  # (B, H, S, d)
-    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None,
                                        enable_gqa=q.size(1) != k.size(1))
     return o.transpose(1, 2)

@@ -54,7 +54,7 @@ class GSAConfig:
     qk_norm: bool = False  # RMSNorm of every head's q and k, before RoPE (Qwen3)
     norm_eps: float = 1e-6  # of every RMSNorm
     rope_base: float = 10000.0
-    # longer contexts than in training: as in Hugging Face's config.json, see layers.ROPE_SCALING.
+    # stretches RoPE for contexts longer than in training; entries as in Hugging Face's config.json
     # Example: {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
     rope_scaling: dict = field(default_factory=dict)
     sparse: bool = True  # attend to selected keys only; False = to every key
@@ -267,20 +267,20 @@ class Attention(nn.Module):
         Returns two Selections: the keys that attention uses and those that the indexer selects.
         They differ in warm-up, where attention uses every visible key.
         """
+        # 1. the keys
         budget = self.indexer.budget()
         everything = attention.Selection.everything(visible, len(index.q))
-        observed = self.training and budget.adaptive
-        short = not self.training and visible.max_visible <= budget.k_min
-        if want_stats or not (warmup or short):
-            selection = attention.select(index, visible, budget, self.backend)  # Eqs. 7, 8
-            var = selection.var
+        if warmup and not want_stats:
+            selection = everything  # nothing needs the selected keys
+        elif not (self.training or want_stats) and visible.max_visible <= budget.k_min:
+            selection = everything  # exact: who sees at most k_min keys selects them all
         else:
-            # In warm-up nothing needs the selected keys. In a short context this is exact: who
-            # sees at most k_min keys selects them all, whatever their scores are
-            selection = everything
-            if observed:
+            selection = attention.select(index, visible, budget, self.backend)  # Eqs. 7, 8
+        # 2. V̄
+        if self.training and budget.adaptive:
+            var = selection.var
+            if var is None:  # nothing was selected
                 var = attention.score_variance(index, visible, self.backend)
-        if observed:
             self.indexer.observe(var)
         if warmup:
             return everything, selection
@@ -317,13 +317,13 @@ class Block(nn.Module):
         """how: the other arguments of Attention.forward, whose results this returns."""
         if not (self.activation_checkpointing and torch.is_grad_enabled()):
             return self.compute(x, visible, **how)
-        how["chosen"] = self.choose_keys(x, visible, how["warmup"], how["want_stats"])
+        how["chosen"] = self.choose_keys_once(x, visible, how["warmup"], how["want_stats"])
         # the model draws no random numbers
         return checkpoint(self.compute, x, visible, **how, use_reentrant=False,
                           preserve_rng_state=False)
 
     @torch.no_grad()
-    def choose_keys(self, x, visible, warmup, want_stats):
+    def choose_keys_once(self, x, visible, warmup, want_stats):
         """
         Attention.choose_keys for the block's input x. It stands outside of what the backward pass
         repeats: the top-k is computed once per step, and V̄ sees each batch once.
@@ -430,10 +430,10 @@ class GSA(nn.Module):
         index_loss = torch.zeros((), device=idx.device)
         per_layer = []
         for block in self.blocks:
-            x, layer_loss, layer_stats = block(x, visible, cache=cache, warmup=warmup,
+            x, layer_loss, block_stats = block(x, visible, cache=cache, warmup=warmup,
                                                want_loss=want_loss, want_stats=want_stats)
             index_loss = index_loss + layer_loss
-            per_layer.append(layer_stats)
+            per_layer.append(block_stats)
         stats = {name: torch.stack([s[name] for s in per_layer]) for name in per_layer[0]}
         return self.norm(x), index_loss, stats
 

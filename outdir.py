@@ -32,16 +32,18 @@ def holds_checkpoint(out_dir):
 
 def prepare_folder(out_dir, settings, step, overwrite, restart=False):
     """
-    Make a held folder ready for a run that begins behind `step`; 0 = a new run.
+    Make a held folder ready for a run that goes on after `step`; 0 = a new run.
     A new run is refused where the folder holds one already; with overwrite that one is deleted.
     restart: the folder may hold a run that ended before its first checkpoint.
-    Of a resumed run, checkpoints behind `step` could not be read: they are set aside.
+    Of a resumed run, checkpoints after `step` could not be read: they are set aside.
     Writes config.json.
     """
     log = os.path.join(out_dir, "log.jsonl")
     if not step:
         claim(out_dir, overwrite or (restart and os.path.exists(log)))
-    open(log, "a").close()  # before config.json: who has a log.jsonl is a run
+    open(log, "a").close()  # first: a folder with a log.jsonl counts as a run
+    for path in glob.glob(os.path.join(glob.escape(out_dir), "step_*.partial")):
+        shutil.rmtree(path)  # its save was killed
     for other, folder in checkpoint_folders(out_dir).items():
         if other > step:
             shutil.rmtree(f"{folder}.damaged", ignore_errors=True)
@@ -52,7 +54,7 @@ def prepare_folder(out_dir, settings, step, overwrite, restart=False):
 
 def claim(out_dir, overwrite):
     """Refuse a folder that holds a run; with overwrite, delete its files."""
-    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "log.jsonl", "config.json")]
+    paths = [os.path.join(out_dir, name) for name in ("ckpt.pt", "config.json", "log.jsonl")]
     found = [path for path in paths if os.path.exists(path)]
     found = [*glob.glob(os.path.join(glob.escape(out_dir), "step_*")), *found]
     if found and not overwrite:

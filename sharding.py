@@ -67,6 +67,8 @@ def shard(model, device, bf16, compiled=False):
     if bf16:
         # The block's input, the residual stream, stays fp32 as without FSDP
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for p in undivided_parameters(model):
+        dist.broadcast(p.detach(), 0)  # on unlike CPUs random numbers may differ in the last bit
     for block in model.blocks:
         if compiled:
             block.forward = torch.compile(block.forward)

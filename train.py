@@ -15,145 +15,31 @@ A step whose loss or gradient is not finite is skipped.
 import contextlib
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import checks
 from attention import document_starts
-from checkpoint import (check_same_data, check_vocabulary, find_checkpoint, load_checkpoint,
-                        model_config, read_checkpoint, record_loss, save_checkpoint,
-                        save_divided_checkpoint)
-from configurator import UserError, check_ranges, flags, parse, run
+from checkpoint import (check_same_data, check_vocabulary, model_config, record_loss,
+                        save_checkpoint, save_divided_checkpoint)
+from configurator import UserError, flags, parse, run
 from dashboards import check_extras
 from data import Batches, Data, Prefetch, differences
-from device import check_backend, check_compiler, check_dtype, precision
+from device import check_backend, check_compiler, precision
 from measure import flops_per_token
-from model import GSA, GSAConfig
+from model import GSA
 from optim import load_optimizers, make_optimizers, optimizer_tensors
 from outdir import open_log, prepare_folder, run_folder
 from plan import dry_run
-from ranks import Ranks, StopSignal
+from ranks import Ranks, StopSignal, shared
 from report import Reporter
+from settings import TrainConfig, settings
 from sharding import average_undivided_gradients, clip, shard
-from start import (check_start, load_start, open_gates_and_load, resumed_settings,
-                   started_settings, where_to_begin)
+from start import check_start, is_auto, load_begin, open_gates_and_load, where_to_begin
 from stability import Stability
 from weights import load_weights, not_finite
 
-
-@dataclass
-class TrainConfig(GSAConfig):  # a comment line behind a blank line is a heading in --help
-
-    # data and output
-    data: str = "data/slimpajama"  # a folder written by prepare.py
-    out_dir: str = "out"  # checkpoints, log.jsonl, config.json
-    # scratch | resume (out_dir's checkpoint) | auto (resume, if there is a checkpoint)
-    # | hf:PATH_OR_ID (a Hugging Face model) or another run's out_dir, whose weights it starts with
-    # | auto:START (resume, else START).
-    # If the weights are a dense model's and this one has an indexer, warm-up trains that alone
-    init_from: str = "scratch"
-    overwrite: bool = False  # a new run deletes the run that out_dir holds
-    keep: int = 2  # checkpoints: the last so many stay, and the best
-
-    # model
-    attention: str = "gsa"  # arm: dense | gated | sparse | gsa; sets switches that are not given
-    vocab_size: int = 0  # 0 = the data's; more are never output in training, but cost memory
-    doc_mask: bool = True  # attention stops at document boundaries
-
-    # optimization
-    muon: bool = False  # Muon at AdamW's step size for the layers' matrices; else AdamW
-    batch_size: int = 8  # sequences per micro-batch and rank
-    grad_accum: int = 1  # micro-batches per step over all ranks together
-    max_iters: int = 1000
-    learning_rate: float = 6e-4
-    min_lr: float = 6e-5  # at max_iters
-    warmup_iters: int = 100  # steps in which the learning rate rises linearly
-    short_iters: int = 0  # first steps, whose windows are cut to pieces of short_block tokens
-    short_block: int = 128
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # 0 = off
-    # so many steps in a row whose loss or gradient is not finite end the run; fewer are skipped
-    max_skips: int = 10
-
-    # indexer
-    index_warmup_iters: int = 200  # phase 1, dense attention
-    index_lr_mult: float = 10.0  # its learning rate, as a multiple
-    index_grad_clip: float = 1.0  # 0 = off
-    index_loss_weight: float = 1.0
-
-    # reporting
-    log_interval: int = 10
-    eval_interval: int = 250  # steps; the checkpoint is written at the same steps, and at the end
-    eval_iters: int = 20  # micro-batches of val.bin
-    plot: bool = True  # draw out_dir/curves.png at each evaluation, if matplotlib is installed
-    tensorboard: bool = False  # into out_dir/tensorboard
-    wandb: bool = False
-    wandb_project: str = "nanogsa"
-
-    # system
-    device: str = ""  # default: cuda if there is one, else cpu
-    backend: str = "auto"  # path of the attention: auto | torch | triton | eager
-    dtype: str = ""  # float32 | bfloat16; default: bfloat16 on cuda
-    compile: bool = False
-    seed: int = 1337
-
-    # scale
-    # the backward pass computes each block again: less memory, a third more time
-    activation_checkpointing: bool = False
-    fsdp: bool = False  # divide the model among the ranks (FSDP2), where one GPU cannot hold it
-    dry_run: bool = False  # print parameters, memory, FLOPs, hours and schedule; do not train
-    gpus: int = 1  # of a dry run without torchrun: ranks to plan for
-    gpu: str = ""  # of a dry run: H100, H200, B200, …; default: the local GPU, else H100
-    assumed_mfu: float = 0.4  # of a dry run: share of the GPU's peak FLOP/s that training reaches
-
-    def __post_init__(self):
-        self.model_config(self.vocab_size or 256)
-        checks.resolve_backend(self.backend)
-        check_dtype(self.dtype)
-        check_ranges(self, {
-            (1, None): "batch_size grad_accum max_iters log_interval eval_interval eval_iters "
-                       "short_block keep max_skips gpus",
-            (0.001, 1): "assumed_mfu",
-            (0, None): "vocab_size learning_rate min_lr warmup_iters short_iters weight_decay "
-                       "grad_clip index_warmup_iters index_lr_mult index_grad_clip "
-                       "index_loss_weight",
-            (0, 0.999999): "beta1 beta2",
-            (0, 2**63 - 1): "seed"})
-        if self.short_iters and self.block_size % self.short_block:
-            raise UserError(f"block_size {self.block_size} is not a multiple of "
-                            f"short_block {self.short_block}")
-
-    def model_config(self, vocab_size):
-        values = {f.name: getattr(self, f.name) for f in fields(GSAConfig)}
-        return GSAConfig(**values | {"vocab_size": vocab_size})
-
-
-# --------------------------------------------------------------------------------------------------
-# Settings of a new and of a resumed run
-
-def settings(argv, checkpoint=None, start=None):
-    """
-    TrainConfig from arguments: the arm's switches, replaced by config files and flags.
-    checkpoint: that of a run to resume; its settings come first.
-    start: that of another run, whose weights a new run begins with; its model's shape comes first.
-    """
-    given = parse(TrainConfig, argv)
-    if checkpoint:
-        given = resumed_settings(TrainConfig, checkpoint, given)
-    if start:
-        given = started_settings(TrainConfig, start, given)
-    try:
-        return TrainConfig.arm(given.get("attention", TrainConfig.attention), **given)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-
-
-# --------------------------------------------------------------------------------------------------
-# The run
 
 def learning_rate(cfg, step):
     """Linear warm-up, then cosine from learning_rate to min_lr at max_iters."""
@@ -171,6 +57,7 @@ class Run:
         """
         stop: a StopSignal. checkpoint: to go on from. start: the checkpoint of another run, to take
         the weights of. new_data: a resumed run may go on with other tokens than it began with.
+        Raises UserError, also on one rank alone: the ranks do not wait for each other here.
         """
         self.cfg = cfg
         self.ranks = ranks
@@ -181,7 +68,8 @@ class Run:
             raise UserError(f"grad_accum {cfg.grad_accum} (micro-batches per step over all ranks) "
                             f"is not a multiple of the {ranks.world} ranks")
         if cfg.fsdp and ranks.world == 1:
-            raise UserError("fsdp divides the model among ranks: start several by torchrun")
+            raise UserError("fsdp divides the model among ranks: start several by torchrun, "
+                            "or say --fsdp=false")
         check_backend(cfg.backend, self.device)
         if cfg.compile:
             check_compiler()
@@ -196,114 +84,129 @@ class Run:
         for split, ids in (("train", data.train), ("val", data.val)):
             self.batches[split] = Batches(ids, cfg.block_size, cfg.batch_size, cfg.seed,
                                           data.vocab_size)
+        self.loader = self.batches["train"]
         # 3. model
         torch.manual_seed(cfg.seed)
         self.autocast = precision(self.device, cfg.dtype)
         self.raw = GSA(cfg.model_config(cfg.vocab_size or data.vocab_size), cfg.backend)
+        for block in self.raw.blocks:
+            block.activation_checkpointing = cfg.activation_checkpointing
+        # 4. where it begins
         self.step = 0
+        self.saved_step = 0  # that of the last checkpoint, 0 = there is none
+        self.saved_optimizer = None  # of a checkpoint, until begin_phase loads it
+        self.retrofit = False  # were gates or an indexer added to the weights of another model?
         self.stability = Stability()
-        self.retrofit = False  # were the gates and the indexer added to a dense model?
         if start:
             check_start(start, data.meta, cfg.data)
             self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
         if checkpoint:
-            check_vocabulary(checkpoint, data.meta, cfg.data)
-            if not new_data:
-                check_same_data(checkpoint, data.meta, cfg.data)
-            changed = differences(asdict(model_config(checkpoint)), asdict(self.raw.config))
-            if changed:
-                raise UserError(f"{checkpoint['path']} does not fit its own settings ({changed})")
-            load_weights(self.raw, checkpoint["model"], checkpoint["path"])
-            old = checkpoint["config"]
-            self.step = checkpoint["step"]
-            self.stability = Stability(**checkpoint.get("stability", {}))
-            # older versions had a setting instead
-            self.retrofit = checkpoint.get("retrofit", bool(old.get("retrofit_from")))
-        for block in self.raw.blocks:
-            block.activation_checkpointing = cfg.activation_checkpointing
-        if cfg.compile:
-            # the Triton path may read the length of a list of keys from the GPU
-            torch._dynamo.config.capture_scalar_outputs = True
-        if cfg.fsdp:
-            shard(self.raw, self.device, self.in_bf16(), cfg.compile)
-        self.raw.to(self.device)
-        self.saved_step = self.step  # that of the last checkpoint, 0 = there is none
-        # 4. optimizers, and what the loop calls
-        self.optimizers = []
-        self.set_up()
-        if checkpoint:
-            load_optimizers(self.optimizers, self.raw, checkpoint["optimizer"],
-                            checkpoint["path"], partly=self.retrofit)
-        # 5. reports, and where micro-batches come from
+            self.restore(checkpoint, new_data)
+        # 5. reports
         self.reporter = Reporter(cfg, self.device, ranks.world, log=None, step=0)  # see open()
         self.evaluated = 0  # the step of the last evaluation in the log
         self.pending = []  # (loss, index loss, skipped?, gradient norms) of steps not yet reported
-        self.loader = self.batches["train"]
 
-    def set_up(self):
+    def restore(self, checkpoint, new_data):
+        """Take weights, step and counts from this run's checkpoint; the optimizers' state later."""
+        cfg = self.cfg
+        path = checkpoint["path"]
+        check_vocabulary(checkpoint, self.meta, cfg.data)
+        if not new_data:
+            check_same_data(checkpoint, self.meta, cfg.data)
+        changed = differences(asdict(model_config(checkpoint)), asdict(self.raw.config))
+        if changed:
+            raise UserError(f"{path} does not fit its own settings ({changed})")
+        load_weights(self.raw, checkpoint["model"], path)
+        self.step = checkpoint["step"]
+        self.saved_step = self.step
+        self.stability = Stability(**checkpoint.get("stability", {}))
+        # older versions had a setting instead
+        old = checkpoint["config"]
+        self.retrofit = checkpoint.get("retrofit", bool(old.get("retrofit_from")))
+        # saved in the warm-up of a retrofit, there is a state for the indexer only
+        alone = self.retrofit and self.step <= old["index_warmup_iters"]
+        if self.retrofit and self.in_warmup() and not alone:
+            raise UserError(f"index_warmup_iters {cfg.index_warmup_iters}: the warm-up of this "
+                            f"retrofit has ended after {old['index_warmup_iters']} steps")
+        self.saved_optimizer = (checkpoint["optimizer"], path, alone)
+
+    def begin_phase(self):
         """
         Choose what is trained now, make its optimizers, and the compiled and distributed model.
-        Called at the start, and again when a retrofit's warm-up ends; optimizers keep their state.
+        Called at the start, and again when a retrofit's warm-up ends: then there is more to train,
+        and new optimizers take over the state of the old.
         """
+        cfg = self.cfg
         # 1. in the warm-up of a retrofit the indexer trains alone: the rest keeps its bits
         self.indexer_alone = self.retrofit and self.in_warmup()
         for name, p in self.raw.named_parameters():
             p.requires_grad_(not self.indexer_alone or ".indexer." in name)
+        if cfg.fsdp:
+            for block in self.raw.blocks:  # what is not trained is not gathered backwards
+                block.set_unshard_in_backward(not self.indexer_alone)
         # 2. optimizers
-        state = optimizer_tensors(self.optimizers, self.raw)
-        self.optimizers = make_optimizers(self.raw, self.cfg)
-        load_optimizers(self.optimizers, self.raw, state, "the warm-up", partly=True)
+        state = (optimizer_tensors(self.optimizers, self.raw), "the warm-up", True)
+        self.optimizers = make_optimizers(self.raw, cfg)
+        load_optimizers(self.optimizers, self.raw, *(self.saved_optimizer or state))
+        self.saved_optimizer = None
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         # 3. the model that the loop calls
         self.model = self.raw
-        if self.cfg.compile and not self.cfg.fsdp:
+        if cfg.compile and not cfg.fsdp:
             self.model = torch.compile(self.raw)
-        if self.ranks.world > 1 and not self.cfg.fsdp:
+        if self.ranks.world > 1 and not cfg.fsdp:
             ids = [self.device] if self.device.startswith("cuda") else None
             # update_var_avg averages the one buffer that training changes
             self.model = DistributedDataParallel(self.model, device_ids=ids,
-                                                 broadcast_buffers=False,
+                                                 forward_sync_buffers=False,
                                                  gradient_as_bucket_view=True)
         self.model.train()
+
+    def prepare(self):
+        """Move the model to the device, or its parts to the devices. The ranks wait for another."""
+        if self.cfg.compile:
+            # the Triton path may read the length of a list of keys from the GPU
+            torch._dynamo.config.capture_scalar_outputs = True
+        if self.cfg.fsdp:
+            shard(self.raw, self.device, self.in_bf16(), self.cfg.compile)
+        self.raw.to(self.device)
+        self.optimizers = []
+        self.begin_phase()
 
     def train(self):
         """
         The loop. Every eval_interval steps and at the end, write the checkpoint and evaluate.
         Returns the metrics of the last evaluation, None if a signal has ended the run.
         """
-        cfg = self.cfg
         with contextlib.ExitStack() as closing:
-            # 1. the folder, the log, and the first line
+            # 1. the model, the folder, the log, and the first line
+            self.prepare()
             self.ranks.on_rank_0(self.open, closing)
             self.greet()
             if self.device.startswith("cuda"):
                 self.loader = closing.enter_context(Prefetch(self.loader, self.ranks.world))
             # 2. the loop
             while True:
-                stop = self.ranks.any(self.stop.received)
-                done = self.step >= cfg.max_iters
-                due = done or (self.step and self.step % cfg.eval_interval == 0)
-                metrics = None
-                if stop or due:
-                    with self.reporter.pause():
-                        if self.step != self.saved_step:
-                            self.save()
-                        if not stop:
-                            metrics = self.evaluate()
-                if stop:
+                if self.ranks.any(self.stop.received):
+                    self.save_if_new()
                     self.reporter.say(f"stopped at step {self.step}, {self.what_is_saved()}")
                     return None
-                if done and metrics:
-                    return metrics
-                # without metrics a signal has come, and the next round ends the run
-                if metrics or not due:
-                    self.optimize()
+                done = self.step >= self.cfg.max_iters
+                if done or (self.step and self.step % self.cfg.eval_interval == 0):
+                    with self.reporter.pause():
+                        self.save_if_new()
+                        metrics = self.evaluate()
+                    if metrics is None:
+                        continue  # a signal came
+                    if done:
+                        return metrics
+                self.optimize()
 
     def open(self, closing):
         """Rank 0 makes out_dir ready and opens the reports, until `closing` closes."""
         cfg = self.cfg
-        restart = cfg.init_from.startswith("auto")
-        prepare_folder(cfg.out_dir, asdict(cfg), self.step, cfg.overwrite, restart)
+        prepare_folder(cfg.out_dir, asdict(cfg), self.step, cfg.overwrite, is_auto(cfg.init_from))
         log, self.evaluated = open_log(os.path.join(cfg.out_dir, "log.jsonl"), self.step)
         closing.callback(log.close)
         reporter = Reporter(cfg, self.device, self.ranks.world, log, self.step)
@@ -339,16 +242,20 @@ class Run:
         length = cfg.short_block if self.step < cfg.short_iters else cfg.block_size
         logged = (self.step + 1) % cfg.log_interval == 0 or self.step == 0
         if self.indexer_alone and not warmup:
-            self.set_up()
+            self.begin_phase()
         # 1. learning rates
         lr = learning_rate(cfg, self.step)
         for group in self.groups:
             group["lr"] = lr * group["lr_mult"]
+            if self.retrofit and group["name"] != "indexer":  # its training has just begun
+                trained = self.step - cfg.index_warmup_iters
+                group["lr"] *= min(1.0, (trained + 1) / max(1, cfg.warmup_iters))
         # 2. gradients
         micro_batches = cfg.grad_accum // self.ranks.world
         losses = torch.zeros(2, device=self.device)  # loss, index loss
         for micro in range(micro_batches):
             last = micro == micro_batches - 1
+            # the number of the micro-batch, over all steps and ranks: see data.Batches
             m = self.step * cfg.grad_accum + micro * self.ranks.world + self.ranks.rank
             idx, targets = self.loader.train(m, self.device, length)
             if self.ranks.world > 1 and not cfg.fsdp:
@@ -361,7 +268,7 @@ class Run:
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
         if cfg.fsdp:
             average_undivided_gradients(self.raw)
-        norms = self.clip()
+        norms = self.clip_gradients()
         # 3. update; on all ranks alike nothing changes if a number is not finite on one of them.
         # Everything stays on the device: the host does not wait for the answer
         finite = torch.isfinite(losses).all() & torch.isfinite(norms).all()
@@ -383,7 +290,7 @@ class Run:
             self.reporter.step(self.step, lr=lr, **values,
                                flops_per_token=flops_per_token(self.raw, length, warmup=warmup))
 
-    def clip(self):
+    def clip_gradients(self):
         """
         Clip the gradient of the indexer and that of the rest of the model, each by its own limit,
         so that neither loss rescales the other. Returns the norms before clipping: (2,), that of
@@ -398,9 +305,9 @@ class Run:
 
     def count_steps(self):
         """
-        Fetch the losses of the steps since the last call from the device, means over the ranks.
-        Returns loss, index_loss and gradient norm of the last, and the counts of skipped steps and
-        spikes. Raises UserError after max_skips skipped steps in a row.
+        Fetch the losses of the steps since the last call from the device, means over the ranks, and
+        count skipped steps and spikes. Returns loss, index_loss and gradient norms of the last
+        step, and the counts. Raises UserError after max_skips skipped steps in a row.
         """
         values = {}
         if self.pending:
@@ -412,14 +319,17 @@ class Run:
                 if self.stability.observe(loss, skip > 0):
                     self.reporter.record("spike", step, loss=loss)
                 if self.stability.in_a_row >= self.cfg.max_skips:
-                    raise UserError(f"the loss or a gradient is not finite in {self.cfg.max_skips} "
-                                    f"steps in a row, the last is step {step}: the run stops, "
-                                    f"{self.what_is_saved()}. A lower learning_rate or a longer "
-                                    "warmup_iters may help")
-                values = {"loss": loss, "grad_norm": norm}
-                if self.cfg.sparse:
-                    values |= {"index_loss": index_loss, "index_grad_norm": index_norm}
+                    self.fail(f"the loss or a gradient is not finite in {self.cfg.max_skips} "
+                              f"steps in a row, the last is step {step}",
+                              ". A lower learning_rate or a longer warmup_iters may help")
+            values = {"loss": loss, "grad_norm": norm}
+            if self.cfg.sparse:
+                values |= {"index_loss": index_loss, "index_grad_norm": index_norm}
         return values | {"skipped": self.stability.skipped, "spikes": self.stability.spikes}
+
+    def fail(self, reason, advice=""):
+        """Stop the run, on all ranks: each of them sees the reason."""
+        raise shared(UserError(f"{reason}: the run stops, {self.what_is_saved()}{advice}"))
 
     # ---- evaluation and checkpoint
 
@@ -434,11 +344,12 @@ class Run:
         rank, world = self.ranks.rank, self.ranks.world
         self.model.eval()
         sums = {"batches": torch.zeros((), device=self.device)}
+        stopped = False
         # every rank computes equally many; those beyond eval_iters do not count
         for first in range(0, cfg.eval_iters, world):
-            if self.ranks.any(self.stop.received):
-                self.model.train()
-                return None
+            stopped = self.ranks.any(self.stop.received)
+            if stopped:
+                break
             m = first + rank
             counts = m < cfg.eval_iters
             idx, targets = self.batches["val"].evaluation(m % cfg.eval_iters, cfg.eval_iters,
@@ -456,6 +367,10 @@ class Run:
                 sums[name] = sums.get(name, 0) + counts * x.float().mean().double()
             sums["batches"] += counts
         self.model.train()
+        if cfg.fsdp:
+            self.raw.reshard()  # without a backward pass the embedding would stay gathered
+        if stopped:
+            return None
         means = self.mean_over_ranks(sums)
         batches = means.pop("batches")
         metrics = {name: x / batches for name, x in means.items()}
@@ -463,30 +378,33 @@ class Run:
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / (meta["bytes"] / meta["tokens"])
         # a resumed run may have evaluated this step before
         self.reporter.evaluation(self.step, metrics, record=self.step > self.evaluated)
-        self.ranks.on_rank_0(record_loss, cfg.out_dir, self.step, metrics["loss"])
+        if not self.in_warmup():  # a loss of dense attention is not compared with the others
+            self.ranks.on_rank_0(record_loss, cfg.out_dir, self.step, metrics["loss"])
         return metrics
 
-    def save(self):
+    def save_if_new(self):
         """
-        Write the checkpoint. If a number in it is not finite, the run stops instead.
+        Write the checkpoint, unless there is one of this step. If a number in it is not finite, the
+        run stops instead.
         """
+        if self.step == self.saved_step:
+            return
         self.count_steps()  # the spikes before this step belong to the checkpoint
         tensors = {"model": self.raw.state_dict(),
                    "optimizer": optimizer_tensors(self.optimizers, self.raw)}
         for named in tensors.values():
             name = not_finite(named)
             if name:
-                raise UserError(f"{name} is not finite at step {self.step}: "
-                                f"the run stops, {self.what_is_saved()}")
+                self.fail(f"{name} is not finite at step {self.step}")
         run_state = {"step": self.step, "config": asdict(self.cfg),
                      "model_config": asdict(self.raw.config), "meta": self.meta,
                      "data_path": os.path.abspath(self.cfg.data), "retrofit": self.retrofit,
                      "stability": self.stability.state()}
-        what = self.cfg.out_dir, tensors, run_state
+        out_dir, keep = self.cfg.out_dir, self.cfg.keep
         if self.cfg.fsdp:
-            save_divided_checkpoint(*what, self.ranks, self.cfg.keep)
+            save_divided_checkpoint(out_dir, tensors, run_state, self.ranks, keep)
         else:
-            self.ranks.on_rank_0(save_checkpoint, *what, self.cfg.keep)
+            self.ranks.on_rank_0(save_checkpoint, out_dir, tensors, run_state, keep)
         self.saved_step = self.step
 
     def what_is_saved(self):
@@ -502,38 +420,46 @@ class Run:
         return dict(zip(values, self.ranks.mean(rows).tolist()))
 
 
+def make_run(argv, ranks, stop):
+    """The Run that the arguments ask for, on this rank."""
+    given = parse(TrainConfig, argv)
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    init_from = given.get("init_from", TrainConfig.init_from)
+    begin = ranks.on_rank_0(where_to_begin, init_from, out_dir)
+    checkpoint, start = load_begin(begin, out_dir, ranks)
+    # A config file always names data, and so does a command that is repeated (auto). Only --data
+    # beside "resume" means: go on with other tokens
+    new_data = init_from == "resume" and "data" in flags(argv)
+    return Run(settings(argv, checkpoint, start), ranks, stop, checkpoint, start, new_data)
+
+
+def plan(argv):
+    """Print what a run would need (plan.py), and train nothing."""
+    given = parse(TrainConfig, argv)
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
+    begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+    alone = Ranks("cpu", world=1)
+    dry_run(settings(argv, *load_begin(begin, out_dir, alone, with_weights=False)))
+
+
 def train(cfg):
     """
     Run the training that cfg describes, from scratch. Returns the metrics of the last evaluation.
     Raises UserError.
     """
     with StopSignal() as stop, Ranks(cfg.device) as ranks, run_folder(cfg.out_dir, ranks):
-        return Run(cfg, ranks, stop).train()
+        return ranks.together(Run, cfg, ranks, stop).train()
 
 
 def main(argv):
-    given = parse(TrainConfig, argv)
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
-    init_from = given.get("init_from", TrainConfig.init_from)
+    given = parse(TrainConfig, argv, __doc__)
     if given.get("dry_run"):
-        begin = where_to_begin(init_from, out_dir)
-        checkpoint = load_checkpoint(out_dir) if begin == "resume" else None
-        start = None if begin in ("scratch", "resume") else load_start(begin)
-        return dry_run(settings(argv, checkpoint, start))
+        return plan(argv)
     device = given.get("device", TrainConfig.device)
+    out_dir = given.get("out_dir", TrainConfig.out_dir)
     with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
-        begin = ranks.on_rank_0(where_to_begin, init_from, out_dir)
-        checkpoint = start = None
-        if begin == "resume":
-            checkpoint = read_checkpoint(ranks.on_rank_0(find_checkpoint, out_dir))
-        elif begin != "scratch":
-            start = load_start(begin)
-        # A config file always names its data, and so does a command that is simply repeated (auto):
-        # only a flag beside "resume" asks for other tokens
-        new_data = init_from == "resume" and "data" in flags(argv)
-        cfg = settings(argv, checkpoint, start)
         # No name for the Run: it has to be gone before the ranks' process group is
-        Run(cfg, ranks, stop, checkpoint, start, new_data).train()
+        ranks.together(make_run, argv, ranks, stop).train()
     if stop.interrupted:
         raise SystemExit(130)
 

@@ -138,7 +138,9 @@ def command(data, out_dir, *flags):
 
 
 def new_run(data, out_dir, **more):
-    return train.Run(config(data, out_dir, **more), Ranks("cpu"), train.StopSignal())
+    run = train.Run(config(data, out_dir, **more), Ranks("cpu"), train.StopSignal())
+    run.prepare()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -409,13 +411,13 @@ def test_a_changed_setting_is_refused_by_auto_too(data, out):
 
 def poison(monkeypatch, steps):
     """Make one gradient NaN in these steps."""
-    clip = train.Run.clip
+    clip = train.Run.clip_gradients
 
     def poisoned(self):
         if self.step + 1 in steps:
             self.raw.blocks[0].attn.wq.weight.grad[0, 0] = math.nan
         return clip(self)
-    monkeypatch.setattr(train.Run, "clip", poisoned)
+    monkeypatch.setattr(train.Run, "clip_gradients", poisoned)
 
 
 @pytest.mark.parametrize("muon", [False, True])

@@ -400,6 +400,7 @@ def as_old_version(out, **changes):
     saved = load_checkpoint(str(out))
     cfg = train.settings([], saved)
     training = train.Run(cfg, Ranks("cpu"), train.StopSignal(), saved)
+    training.prepare()
     old = {name: saved[name] for name in ("step", "config", "model_config", "meta", "data_path")}
     new = ("keep", "max_skips")
     old["config"] = {k: v for k, v in saved["config"].items() if k not in new}
@@ -486,7 +487,7 @@ def test_resuming_with_changed_data_is_refused_unless_it_is_named(tmp_path):
     run(tmp_path, source)
     resume = ["--init_from=resume", f"--out_dir={tmp_path}/out", "--max_iters=6"]
     refused(lambda: train.main(resume),
-            "is not the data that the run began with .*checksums.*give --data=")
+            "is not the data that the run began with .*checksums.*--init_from=resume --data=")
     train.main(resume + [f"--data={data}"])
     assert load_checkpoint(str(tmp_path / "out"))["step"] == 6
 
@@ -511,7 +512,9 @@ def test_what_may_change_in_a_resumed_run_takes_effect(out):
     records = [r for r, _ in outdir.read_log(str(out / "log.jsonl"))]
     assert saved["step"] == 6 and saved["config"]["weight_decay"] == 0.3
     assert [r["lr"] for r in records if r["kind"] == "train"][-2:] == pytest.approx([1e-3, 1e-3])
-    group = train.Run(train.settings([], saved), Ranks("cpu"), train.StopSignal(), saved).groups[0]
+    training = train.Run(train.settings([], saved), Ranks("cpu"), train.StopSignal(), saved)
+    training.prepare()
+    group = training.groups[0]
     assert group["weight_decay"] == 0.3 and group["betas"][0] == 0.8
 
 
@@ -979,6 +982,7 @@ class RankOf(Ranks):
 def test_validation_loss_does_not_depend_on_the_number_of_ranks(demo, tmp_path):
     """Three batches on one to five ranks."""
     run = train.Run(config(demo, tmp_path, eval_iters=3), Ranks("cpu"), train.StopSignal())
+    run.prepare()
     os.makedirs(tmp_path / "step_00000000")
     sums = {}
     for world in (1, 2, 3, 4, 5):

@@ -306,6 +306,16 @@ def resume(out_dir, *flags):
     train.main(["--init_from=resume", f"--out_dir={out_dir}", *flags])
 
 
+def retrofit(data, folder, out_dir, *flags):
+    """
+    A dense model gets an indexer, which trains alone for four steps. The evaluation of step 4, when
+    everything begins to train, runs forwards only.
+    """
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    train.main([*tiny, f"--init_from={folder}/dense", f"--data={data}", f"--out_dir={out_dir}",
+                "--index_warmup_iters=4", *flags])
+
+
 def skip_a_step_of_a_divided_model():
     """A NaN on one rank: on all ranks weights, V̄ and optimizers keep their bits."""
     with Ranks("cpu") as ranks:
@@ -345,7 +355,8 @@ def rank_of_three(rank, ports, data, folder):
         (3, lambda: train.train(config(data, folder / "fsdp", fsdp=True, muon=True,
                                        activation_checkpointing=True))),
         (2, lambda: resume(folder / "fsdp", "--max_iters=8")),
-        (2, lambda: train.train(config(data, folder / "ddp")))]
+        (2, lambda: train.train(config(data, folder / "ddp"))),
+        (2, lambda: retrofit(data, folder, folder / "retrofit_fsdp", "--fsdp"))]
     for port, (world, run) in zip(ports, runs, strict=True):
         if rank < world:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank),
@@ -356,16 +367,19 @@ def rank_of_three(rank, ports, data, folder):
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """
-    A folder of runs: one, one_muon (one rank), ddp (two), fsdp (three, then two). The ranks also
-    check that a step is skipped.
+    A folder of runs: one, one_muon (one rank), ddp (two), fsdp (three, then two), retrofit_one and
+    retrofit_fsdp (two). The ranks also check that a step is skipped.
     """
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        args = [free_port() for _ in range(4)], data, folder
+        args = [free_port() for _ in range(5)], data, folder
+        dense = dict(attention="dense", **ARMS["dense"])
+        train.train(config(data, folder / "dense", max_iters=1, **dense))
         ranks = torch.multiprocessing.spawn(rank_of_three, args, 3, join=False, daemon=True)
         train.train(config(data, folder / "one"))
         train.train(config(data, folder / "one_muon", muon=True, max_iters=8))
+        retrofit(data, folder, folder / "retrofit_one")
         deadline = time.monotonic() + 180
         while not ranks.join(timeout=5):
             assert time.monotonic() < deadline, "the ranks hang"
@@ -410,6 +424,16 @@ def test_a_divided_model_trains_as_a_whole_one_and_continues_on_another_number_o
     assert len(shard_files(str(runs / "fsdp" / "step_00000006"))) == 3
     assert len(shard_files(str(runs / "fsdp" / "step_00000008"))) == 2
     assert_same_run(runs / "one_muon", runs / "fsdp", steps=8)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_retrofit_of_a_divided_model_is_that_of_a_whole_one(runs):
+    assert_same_run(runs / "retrofit_one", runs / "retrofit_fsdp", steps=6)
+    dense = load_checkpoint(str(runs / "dense"))["model"]
+    for step, unchanged in ((4, True), (6, False)):
+        saved = load_checkpoint(str(runs / "retrofit_fsdp"), str(step))["model"]
+        for name, x in dense.items():
+            assert torch.equal(saved[name], x) == unchanged, (step, name)
 
 
 @pytest.mark.xdist_group("ranks")

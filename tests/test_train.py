@@ -235,7 +235,7 @@ def gradients(rank, world, data):
     model, batches = ready(data)
     wrapped = model
     if world > 1:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
     for micro in range(4 // world):
         wrapped.require_backward_grad_sync = micro == 4 // world - 1
         idx, targets = batches.train(micro * world + rank, "cpu")

@@ -76,6 +76,10 @@ class Run:
         check_extras(cfg)
         # 2. data
         data = Data(cfg.data)
+        if start:
+            check_start(start, data.meta, cfg.data)
+        if checkpoint:
+            check_vocabulary(checkpoint, data.meta, cfg.data)
         if 0 < cfg.vocab_size < data.vocab_size:
             raise UserError(f"vocab_size {cfg.vocab_size} is less than "
                             f"the {data.vocab_size} of {cfg.data}")
@@ -98,7 +102,6 @@ class Run:
         self.retrofit = False  # were gates or an indexer added to the weights of another model?
         self.stability = Stability()
         if start:
-            check_start(start, data.meta, cfg.data)
             self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
         if checkpoint:
             self.restore(checkpoint, new_data)
@@ -111,7 +114,6 @@ class Run:
         """Take weights, step and counts from this run's checkpoint; the optimizers' state later."""
         cfg = self.cfg
         path = checkpoint["path"]
-        check_vocabulary(checkpoint, self.meta, cfg.data)
         if not new_data:
             check_same_data(checkpoint, self.meta, cfg.data)
         changed = differences(asdict(model_config(checkpoint)), asdict(self.raw.config))

@@ -265,6 +265,7 @@ class Run:
             with self.autocast:
                 out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
                                  stats=logged and last)
+            out.logits = None  # the backward pass does not need them, but their memory
             loss = out.loss + cfg.index_loss_weight * out.index_loss
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches

@@ -156,12 +156,12 @@ def finish_checkpoint(out_dir, run):
     files = {}
     for name in sorted(os.listdir(partial)):
         path = os.path.join(partial, name)
-        flush(path)
+        fsync(path)
         files[name] = {"bytes": os.path.getsize(path), "xxh3": checksum(path)}
     write_manifest(partial, {"step": run["step"], "val_loss": None, "files": files})
-    flush(partial)
+    fsync(partial)
     os.rename(partial, folder)  # from here on the checkpoint exists
-    flush(out_dir)
+    fsync(out_dir)
 
 
 def write_manifest(folder, manifest):
@@ -169,7 +169,7 @@ def write_manifest(folder, manifest):
         f.write(to_json(manifest, indent=1))
 
 
-def flush(path):
+def fsync(path):
     """Wait until the disk has a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -16,10 +16,10 @@ import numpy as np
 import tiktoken
 
 from configurator import UserError
+from tokenizer_hf import MAX_VOCAB, HubEncoding
 
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-MAX_VOCAB = 1 << 24  # a larger rank is a damaged file
 
 
 def _read_ranks(path):
@@ -129,7 +129,6 @@ class Tokenizer:
         elif self.kind in ("llama3", "tiktoken"):
             self.enc = _rank_file_encoding(name)
         elif self.kind == "hf":
-            from tokenizer_hf import HubEncoding  # which imports this file
             self.enc = HubEncoding(place)
         else:
             try:

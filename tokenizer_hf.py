@@ -30,7 +30,8 @@ import os
 import numpy as np
 
 from configurator import UserError, mismatch
-from tokenizer import MAX_VOCAB
+
+MAX_VOCAB = 1 << 24  # a vocabulary that is larger is a damaged file
 
 # Each document is one call: prepare.py's processes are the parallel part. Without this, the package
 # starts threads, and warns when a process that has them forks.

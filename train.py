@@ -166,7 +166,7 @@ class Run:
         self.model.train()
 
     def prepare(self):
-        """Move the model to the device, or its parts to the devices. The ranks wait for another."""
+        """Move the model, or this rank's part, to the device. The ranks wait for each other."""
         if self.cfg.compile:
             # the Triton path may read the length of a list of keys from the GPU
             torch._dynamo.config.capture_scalar_outputs = True

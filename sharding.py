@@ -26,9 +26,6 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from configurator import UserError
 
@@ -60,6 +57,9 @@ def shard(model, device, bf16, compiled=False):
     compiled: by torch.compile, block by block, since FSDP2 works between the blocks.
     """
     storage()  # a missing package is better noticed now than at the first checkpoint
+    # here, since every script imports this file, and these take two seconds
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     kind = device.split(":")[0]
     how = dict(mesh=init_device_mesh(kind, (dist.get_world_size(),)),
                ignored_params=set(undivided_parameters(model)))
@@ -89,15 +89,21 @@ def average_undivided_gradients(model):
         g.copy_(mean.view_as(g))
 
 
+def is_divided(x):
+    """Is a tensor a DTensor?"""
+    return hasattr(x, "full_tensor")
+
+
 def whole(x):
     """The whole tensor of a DTensor, on every rank. All ranks must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_divided(x) else x
 
 
 def divided_like(x, other):
     """The inverse of whole: x, the same on all ranks, divided as `other` is."""
-    if isinstance(x, DTensor) or not isinstance(other, DTensor):
+    if is_divided(x) or not is_divided(other):
         return x
+    from torch.distributed.tensor import DTensor, Replicate
     x = DTensor.from_local(x, other.device_mesh, [Replicate()], run_check=False)
     return x.redistribute(placements=other.placements)  # each rank cuts its part out
 
@@ -110,8 +116,8 @@ def clip(params, limit):
     params = [p for p in params if p.grad is not None]
     if not params:
         return torch.zeros(())
-    parts = [[p for p in params if isinstance(p, DTensor)],
-             [p for p in params if not isinstance(p, DTensor)]]
+    parts = [[p for p in params if is_divided(p)],
+             [p for p in params if not is_divided(p)]]
     parts = [part for part in parts if part]
     norms = [whole(torch.nn.utils.get_total_norm([p.grad for p in part])) for part in parts]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

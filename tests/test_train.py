@@ -254,11 +254,10 @@ def ready(data):
 
 def test_two_ranks_give_the_gradients_of_one(data, tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    for world in (1, 2):
-        args = (world, tmp_path / "rendezvous", data, tmp_path / f"{world}.pt")
-        ranks = torch.multiprocessing.spawn(worker, args, world, join=False, daemon=True)
-        assert any(ranks.join(timeout=60) for _ in range(world)), "the ranks hang"
-    one = torch.load(tmp_path / "1.pt", weights_only=True)
+    args = (2, tmp_path / "rendezvous", data, tmp_path / "2.pt")
+    ranks = torch.multiprocessing.spawn(worker, args, 2, join=False, daemon=True)
+    one = gradients(0, 1, data)
+    assert any(ranks.join(timeout=60) for _ in range(2)), "the ranks hang"
     two = torch.load(tmp_path / "2.pt", weights_only=True)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -295,7 +294,7 @@ def free_port():
 def test_compile_trains_the_same(data, tmp_path):
     losses = []
     for name, on in (("plain", False), ("compiled", True)):
-        train.train(config(data, tmp_path / name, max_iters=3, compile=on))
+        train.train(config(data, tmp_path / name, n_layer=1, max_iters=3, compile=on))
         losses.append([r["loss"] for r in log(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 

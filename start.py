@@ -18,7 +18,8 @@ from tokenizer import Tokenizer
 from weights import load_weights
 
 OPEN_GATE_BIAS = 8.0  # σ(8) = 0.9997
-DEFAULT_CONTEXT = 4096  # tokens, where the context of a Hugging Face model is longer and none is given
+# tokens, where the context of a Hugging Face model is longer and no block_size is given
+DEFAULT_CONTEXT = 4096
 
 
 def is_auto(init_from):

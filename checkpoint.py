@@ -233,6 +233,8 @@ def find_checkpoint(out_dir, which="last"):
         wanted = [step for step in folders if str(step) == which]
     if not wanted or wanted == [None]:
         known = ", ".join(str(step) for step in folders) or "none"
+        if which == "last":
+            raise UserError(f"there is no checkpoint in {out_dir}")
         raise UserError(f"there is no checkpoint {which!r} in {out_dir} (its steps: {known})")
     damaged = []
     for step in wanted:

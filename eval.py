@@ -465,6 +465,8 @@ def evaluate(cfg):
                          warmup_end)
             try:
                 longest = max((n for n in lengths if n not in skipped), default=0)
+                if not longest:
+                    raise UserError("a needle fits in no length")
                 layers, place = needle_selection(model, hay, tokenizer, longest, device)
                 save_picture(os.path.join(cfg.out_dir, "selection.png"), draw_selection, layers,
                              place)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from attention import document_starts
 from checkpoint import (check_same_data, check_vocabulary, model_config, record_loss,
                         save_checkpoint, save_divided_checkpoint)
-from configurator import UserError, flags, parse, run
+from configurator import UserError, flags, parse, run, say
 from dashboards import check_extras
 from data import Batches, Data, Prefetch, differences
 from device import check_backend, check_compiler, precision
@@ -101,7 +101,9 @@ class Run:
         self.saved_optimizer = None  # of a checkpoint, until begin_phase loads it
         self.retrofit = False  # were gates or an indexer added to the weights of another model?
         self.stability = Stability()
+        self.origin = ""  # said in greet()
         if start:
+            self.origin = f"begins with the weights of {start['path']}"
             self.retrofit = open_gates_and_load(self.raw, start["model"], start["path"])
         if checkpoint:
             self.restore(checkpoint, new_data)
@@ -122,6 +124,7 @@ class Run:
         load_weights(self.raw, checkpoint["model"], path)
         self.step = checkpoint["step"]
         self.saved_step = self.step
+        self.origin = f"goes on with {path}"
         self.stability = Stability(**checkpoint.get("stability", {}))
         # older versions had a setting instead
         old = checkpoint["config"]
@@ -215,8 +218,10 @@ class Run:
         self.reporter = closing.enter_context(reporter)
 
     def greet(self):
-        """The first line: the model's size, the tokens, the machine."""
+        """The first lines: where the run begins, the model's size, the tokens, the machine."""
         kind = "bfloat16" if self.in_bf16() else "float32"
+        if self.origin:
+            self.reporter.say(self.origin)
         self.reporter.greet(sum(p.numel() for p in self.raw.parameters()),
                             self.batches["train"].n * self.cfg.block_size, kind)
 
@@ -441,6 +446,9 @@ def plan(argv):
     given = parse(TrainConfig, argv)
     out_dir = given.get("out_dir", TrainConfig.out_dir)
     begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+    if begin not in ("scratch", "resume") and ":" not in begin and not os.path.isdir(begin):
+        say(f"{begin} is not there: the settings alone are planned")
+        begin = "scratch"
     alone = Ranks("cpu", world=1)
     dry_run(settings(argv, *load_begin(begin, out_dir, alone, with_weights=False)))
 

@@ -308,7 +308,7 @@ def test_after_damage_a_run_repeats_what_was_lost_and_sets_the_damaged_checkpoin
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="there is no checkpoint 'last' in"):
+        with pytest.raises(UserError, match="there is no checkpoint in"):
             load_checkpoint(str(folder))
 
 

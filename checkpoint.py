@@ -223,19 +223,13 @@ def find_checkpoint(out_dir, which="last"):
     digits of a step. Raises UserError.
     """
     folders = checkpoint_folders(out_dir)
-    old = os.path.join(out_dir, "ckpt.pt")
-    if not folders and which == "last" and os.path.exists(old):
-        return old
     wanted = list(folders)
     if which == "best":
-        wanted = [best_step(out_dir)]
+        best = best_step(out_dir)
+        wanted = [step for step in folders if step == best]
     elif which != "last":
         wanted = [step for step in folders if str(step) == which]
-    if not wanted or wanted == [None]:
-        known = ", ".join(str(step) for step in folders) or "none"
-        if which == "last":
-            raise UserError(f"there is no checkpoint in {out_dir}")
-        raise UserError(f"there is no checkpoint {which!r} in {out_dir} (its steps: {known})")
+    # 1. the newest of them that is whole
     damaged = []
     for step in wanted:
         try:
@@ -246,9 +240,16 @@ def find_checkpoint(out_dir, which="last"):
         if damaged:
             say(f"{'; '.join(damaged)}. {folders[step]} is taken instead")
         return folders[step]
+    # 2. none is
+    old = os.path.join(out_dir, "ckpt.pt")
     if which == "last" and os.path.exists(old):
         return old
-    raise UserError(f"no checkpoint can be read. {'; '.join(damaged)}")
+    if damaged:
+        raise UserError(f"no checkpoint can be read. {'; '.join(damaged)}")
+    if which == "last":
+        raise UserError(f"there is no checkpoint in {out_dir}")
+    known = ", ".join(str(step) for step in folders) or "none"
+    raise UserError(f"there is no checkpoint {which!r} in {out_dir} (its steps: {known})")
 
 
 def read_checkpoint(path):
@@ -292,14 +293,14 @@ def load_ckpt_pt(path):
         if wrong := mismatch(checkpoint, {"model": dict, "optimizer": list}, "the file"):
             raise ValueError(wrong)
         check_run(checkpoint)
+        return {"path": path, **checkpoint}
     except OSError as e:
-        raise UserError(f"{path} is not a readable checkpoint: {e.strerror or e}") from None
+        reason = e.strerror or e
     except ValueError as e:
-        raise UserError(f"{path} is not a readable checkpoint: {e}") from None
+        reason = e
     except Exception:  # torch.load raises many types for a truncated or foreign file
-        raise UserError(f"{path} is not a readable checkpoint: "
-                        "it is damaged or of another kind") from None
-    return {"path": path, **checkpoint}
+        reason = "it is damaged or of another kind"
+    raise UserError(f"{path} is not a readable checkpoint: {reason}")
 
 
 # --------------------------------------------------------------------------------------------------

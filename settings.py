@@ -166,7 +166,8 @@ def started_settings(start, given):
     given now. Raises UserError if a setting is given that contradicts the weights.
     """
     shape = asdict(model_config(start))
-    trained = {"index_warmup_iters": 0} if shape["sparse"] else {}  # its indexer is
+    # an indexer that comes with the weights needs no warm-up
+    warmup = {"index_warmup_iters": 0} if shape["sparse"] else {}
     if given.get("attention", TrainConfig.attention) != start["config"].get("attention"):
         shape = {name: value for name, value in shape.items() if name not in SWITCHES}
     fixed = {name: value for name, value in given.items()
@@ -174,4 +175,4 @@ def started_settings(start, given):
     changed = differences({name: shape[name] for name in fixed}, fixed)
     if changed:
         raise UserError(f"{start['path']} does not fit the settings: {changed}")
-    return {**shape, **trained, **given}
+    return {**shape, **warmup, **given}

@@ -148,7 +148,7 @@ class Run:
         for name, p in self.raw.named_parameters():
             p.requires_grad_(not self.indexer_alone or ".indexer." in name)
         if cfg.fsdp:
-            for block in self.raw.blocks:  # what is not trained is not gathered backwards
+            for block in self.raw.blocks:  # the backward pass gathers only what is trained
                 block.set_unshard_in_backward(not self.indexer_alone)
         # 2. optimizers
         state = (optimizer_tensors(self.optimizers, self.raw), "the warm-up", True)
@@ -270,7 +270,7 @@ class Run:
             with self.autocast:
                 out = self.model(idx, targets, self.doc_start(idx), warmup=warmup,
                                  stats=logged and last)
-            out.logits = None  # the backward pass does not need them, but their memory
+            out.logits = None  # the backward pass needs their memory, and not them
             loss = out.loss + cfg.index_loss_weight * out.index_loss
             (loss / micro_batches).backward()
             losses += torch.stack((out.loss.detach(), out.index_loss.detach())) / micro_batches
@@ -428,11 +428,15 @@ class Run:
         return dict(zip(values, self.ranks.mean(rows).tolist()))
 
 
+def asked_for(argv, *names):
+    """Settings that are needed before it is known where the run begins, from argv alone."""
+    given = parse(TrainConfig, argv, __doc__)
+    return [given.get(name, getattr(TrainConfig, name)) for name in names]
+
+
 def make_run(argv, ranks, stop):
     """The Run that the arguments ask for, on this rank."""
-    given = parse(TrainConfig, argv)
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
-    init_from = given.get("init_from", TrainConfig.init_from)
+    out_dir, init_from = asked_for(argv, "out_dir", "init_from")
     begin = ranks.on_rank_0(where_to_begin, init_from, out_dir)
     checkpoint, start = load_begin(begin, out_dir, ranks)
     # A config file always names data, and so does a command that is repeated (auto). Only --data
@@ -443,9 +447,8 @@ def make_run(argv, ranks, stop):
 
 def plan(argv):
     """Print what a run would need (plan.py), and train nothing."""
-    given = parse(TrainConfig, argv)
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
-    begin = where_to_begin(given.get("init_from", TrainConfig.init_from), out_dir)
+    out_dir, init_from = asked_for(argv, "out_dir", "init_from")
+    begin = where_to_begin(init_from, out_dir)
     if begin not in ("scratch", "resume") and ":" not in begin and not os.path.isdir(begin):
         say(f"{begin} is not there: the settings alone are planned")
         begin = "scratch"
@@ -463,11 +466,9 @@ def train(cfg):
 
 
 def main(argv):
-    given = parse(TrainConfig, argv, __doc__)
-    if given.get("dry_run"):
+    dry, device, out_dir = asked_for(argv, "dry_run", "device", "out_dir")
+    if dry:
         return plan(argv)
-    device = given.get("device", TrainConfig.device)
-    out_dir = given.get("out_dir", TrainConfig.out_dir)
     with StopSignal() as stop, Ranks(device) as ranks, run_folder(out_dir, ranks):
         # No name for the Run: it has to be gone before the ranks' process group is
         ranks.together(make_run, argv, ranks, stop).train()

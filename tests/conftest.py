@@ -19,6 +19,16 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A folder of prepared data that no test changes: 40,000 tokens, a fifth of them for val."""
+    import prepare
+    folder = tmp_path_factory.mktemp("demo")
+    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=40_000, num_proc=1,
+                                          val_fraction=0.2, data_dir=str(folder)))
+    return str(folder / "demo")
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """

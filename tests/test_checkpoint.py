@@ -15,7 +15,6 @@ import torch
 import attention
 import checkpoint
 import configurator
-import prepare
 import train
 from checkpoint import (checkpoint_folders, load_checkpoint, load_model, record_loss,
                         save_checkpoint)
@@ -119,11 +118,8 @@ TINY = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, block_size=32, n_index_
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=40_000, num_proc=1,
-                                          val_fraction=0.2, data_dir=str(folder)))
-    return str(folder / "demo")
+def data(demo):
+    return demo
 
 
 def config(data, out_dir, **more):

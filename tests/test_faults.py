@@ -85,14 +85,6 @@ def refused(call, message):
     assert "\n" not in str(e.value) and "Traceback" not in str(e.value)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=40_000, num_proc=1,
-                                          val_fraction=0.2, data_dir=str(folder)))
-    return str(folder / "demo")
-
-
 def config(demo, out_dir, arm="gsa", **more):
     return train.TrainConfig.arm(
         arm, **TINY | dict(data=demo, out_dir=str(out_dir), attention=arm) | more)

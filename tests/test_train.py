@@ -18,6 +18,10 @@ import torch
 
 import attention
 import eval as evaluation
+import inspection
+import needle
+import perplexity
+import scoring
 import optim
 import pictures
 import prepare
@@ -366,7 +370,7 @@ def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
     model = fresh_model(data, arm)
     val, stride, T = Data(data).val[:331], 20, 64
     token_lengths = Tokenizer("bytes").token_lengths
-    got = evaluation.perplexity(model, val, SEPARATOR, token_lengths, stride, batch_size=3)
+    got = perplexity.perplexity(model, val, SEPARATOR, token_lengths, stride, batch_size=3)
     total = 0.0
     ids = torch.from_numpy(val.astype(np.int64))
     for target in range(1, len(ids)):  # one at a time: the first window that reaches the target
@@ -386,12 +390,12 @@ def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
 
 def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
     tokenizer, ids = Tokenizer("bytes"), np.asarray(Data(data).val)
-    hay = evaluation.haystack(ids, tokenizer)
+    hay = needle.haystack(ids, tokenizer)
     assert 0 < len(hay) < len(ids)
     text = bytes(hay.astype(np.uint8).tolist())
     assert not re.search(rb"^[A-Z]{2}=[a-z0-9]{4}$", text, re.M)
     for depth in (0, 0.25, 1):
-        prompt, key, place = evaluation.needle_prompt(hay, tokenizer, 300, depth, 4,
+        prompt, key, place = needle.needle_prompt(hay, tokenizer, 300, depth, 4,
                                                       random.Random(1))
         text = tokenizer.decode(prompt)
         assert len(prompt) == 296
@@ -404,9 +408,10 @@ def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
 def test_needles_are_the_same_for_every_batch_size(data):
     model = fresh_model(data, "gsa")
     tokenizer = Tokenizer("bytes")
-    hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
+    hay = needle.haystack(np.asarray(Data(data).val), tokenizer)
     for batch_size in (1, 3, 10):
-        cells = evaluation.needle(model, hay, tokenizer, 48, [0.0, 1.0], 2, 5, 3, batch_size)
+        cells = needle.needle(model, hay, tokenizer, 48, [0.0, 1.0], 2, 5, 3,
+                              scoring.Batcher(batch_size))
         if batch_size == 1:
             expected = cells
         assert cells == expected
@@ -422,23 +427,23 @@ def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
     right = [g[50:].numpy() for g in greedy]
     right[1] = (right[1] + [0, 0, 1, 0]) % 256
     keys = [[r, rng.integers(0, 256, 3), rng.integers(0, 256, 4)] for r in right]
-    likelihood, exact = evaluation.score_keys(model, prompts, keys, "cpu")
-    assert exact.tolist() == [True, False, True]
+    scores = scoring.score(model, prompts, keys, scoring.Batcher())
+    assert [row[0].greedy for row in scores] == [True, False, True]
     for i, row in enumerate(keys):
         for j, key in enumerate(row):
             ids = torch.tensor(np.concatenate((prompts[i], key)))[None]
             log_p = model(ids, stats=False).logits[0, 49:-1].log_softmax(-1)
             expected = log_p[range(len(key)), key].sum().item()
-            assert likelihood[i, j].item() == pytest.approx(expected, rel=1e-6)
+            assert scores[i][j].likelihood == pytest.approx(expected, rel=1e-6)
 
 
 def test_evaluate_end_to_end(data, tmp_path, capsys):
     train.train(config(data, tmp_path, max_iters=2))
     result = quick_evaluation(tmp_path, max_tokens=500, samples=2, seeds=2, depths=2,
                               lengths="48,64")
-    cells = {(c["length"], c["depth"]) for c in result["needle"]}
+    cells = {(c["length"], c["depth"]) for c in result["results"]["needle"]["cells"]}
     assert cells == {(48, 0.0), (48, 1.0), (64, 0.0), (64, 1.0)}
-    assert set(result["attention"]) >= {"first_token", "value_gate", "output_gate",
+    assert set(result["results"]["attention"]) >= {"first_token", "value_gate", "output_gate",
                                         "max_activation", "k_t", "recall", "var_ratio"}
     assert json.loads((tmp_path / "eval.json").read_text())["summary"] == result["summary"]
     printed = capsys.readouterr().out
@@ -453,9 +458,9 @@ def test_evaluation_beyond_the_training_length_needs_a_flag_and_no_code(data, tm
     losses = []
     for change in ({}, {"rope_scaling": scaling}):
         result = quick_evaluation(tmp_path, lengths="64,128", block_size=128, plot=False, **change)
-        assert {c["length"] for c in result["needle"]} == {64, 128}
-        assert result["stride"] == 64
-        losses.append(result["perplexity"]["loss"])
+        assert {c["length"] for c in result["results"]["needle"]["cells"]} == {64, 128}
+        assert result["results"]["perplexity"]["stride"] == 64
+        losses.append(result["results"]["perplexity"]["loss"])
     assert losses[0] != losses[1]
     assert load_model(str(tmp_path))[0].config.block_size == 64
 
@@ -508,9 +513,9 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(data):
     """Masses are full attention, the selected keys are k_t, the needle's place holds its key."""
     model = fresh_model(data, "gsa")
     tokenizer = Tokenizer("bytes")
-    hay = evaluation.haystack(np.asarray(Data(data).val), tokenizer)
-    layers, place = evaluation.needle_selection(model, hay, tokenizer, 48)
-    ids, _, _ = evaluation.needle_prompt(hay, tokenizer, 48, 0.5, evaluation.longest_answer(),
+    hay = needle.haystack(np.asarray(Data(data).val), tokenizer)
+    layers, place = inspection.needle_selection(model, hay, tokenizer, 48)
+    ids, _, _ = needle.needle_prompt(hay, tokenizer, 48, 0.5, needle.longest_answer(),
                                          random.Random(0))
     assert len(ids) == 48 - 4  # less the answer
     fact = re.fullmatch(r"\n([A-Z]{2}=)([a-z0-9]{4})\n", tokenizer.decode(ids[place]))
@@ -535,7 +540,7 @@ def test_the_mass_of_the_picture_is_full_attention(data):
     """With values that are one-hot, the output of attention is its probabilities, head by head."""
     model = fresh_model(data, "gsa")
     ids = np.arange(9)
-    (mass, _), *_ = evaluation.last_query(model, ids)
+    (mass, _), *_ = inspection.last_query(model, ids)
     attn = model.blocks[0].attn
     h = model.blocks[0].norm1(model.embed(torch.from_numpy(ids)[None]))
     visible = attention.Visible.causal(9)
@@ -547,8 +552,8 @@ def test_the_mass_of_the_picture_is_full_attention(data):
 
 def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(evaluation.time, "time", lambda: now[0])
-    with evaluation.Progress("part", 10) as progress:
+    monkeypatch.setattr(scoring.time, "time", lambda: now[0])
+    with scoring.Progress("part", 10) as progress:
         for _ in range(10):
             now[0] += 4
             progress.step()

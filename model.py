@@ -122,7 +122,10 @@ class KVCache:
         return buffer
 
     def repeat(self, n):
-        """Repeat every row n times, in place, to continue one prompt in n ways."""
+        """
+        Repeat every row n times, in place, to continue one prompt in n ways. n: a number, or
+        a tensor (B,) of one for each row.
+        """
         self.buffers = {key: x.repeat_interleave(n, 0) for key, x in self.buffers.items()}
         self.length = self.length.repeat_interleave(n, 0)
 

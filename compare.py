@@ -138,7 +138,7 @@ def arm_settings(run):
 
 
 def make_arms(runs):
-    """{name: [its runs]}, in the order of the runs. Raises UserError for a seed that comes twice."""
+    """{name: [its runs]}, in the order of the runs. Raises UserError: a seed comes twice."""
     # 1. groups of the same settings
     groups = {}
     for run in runs:

@@ -194,8 +194,9 @@ def attention(model, ids, separator, n_windows, doc_mask=True, device="cpu"):
 
 # What stands above a table, and its columns: name, heading, format
 TABLES = (
-    (f"visible keys; attention on the document's first; gates: mean, share of values below {CLOSED}",
-     (("visible", "visible", ".0f"), ("first_token", "first key", ".3f"), ("first_four", "first four", ".3f"),
+    (f"visible keys; attention on a document's first; gates: mean, share below {CLOSED}",
+     (("visible", "visible", ".0f"), ("first_token", "first key", ".3f"),
+      ("first_four", "first four", ".3f"),
       ("value_gate", "value gate", ".3f"), ("value_gate_closed", "below", ".3f"),
       ("output_gate", "output gate", ".3f"), ("output_gate_closed", "below", ".3f"),
       ("max_activation", "largest activation", ".1f"))),

@@ -110,12 +110,14 @@ def unequal(runs):
 
 
 def refuse(differing):
-    """Raise UserError: the first two folders with different values, for each fact."""
+    """Raise UserError: for each fact, or the first three, two folders with different values."""
     reasons = []
     for name, values in differing.items():
         first, *others = values
         other = next(folder for folder in others if values[folder] != values[first])
         reasons.append(f"{name} {values[first]} in {first}, {values[other]} in {other}")
+    if len(reasons) > 3:
+        reasons[3:] = [f"and {len(reasons) - 3} more"]
     raise UserError(f"not a fair comparison: {'; '.join(reasons)} (--unequal compares all the "
                     "same)")
 

@@ -60,7 +60,7 @@ class LayerReport:
 
     def __init__(self, attn):
         self.attn = attn
-        self.sums = defaultdict(lambda: torch.zeros(2))  # name -> a sum and its number of terms
+        self.sums = defaultdict(lambda: torch.zeros(2).double())  # name -> sum, number of terms
         self.k_t = []  # of the free queries, an array per window
         self.distances = 0  # (S,), see measure.selection_counts
         self.union = 0  # (2,), the same

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
+import pictures
 import train
 from compare import compare
 from configurator import UserError, parse
@@ -165,6 +166,15 @@ def test_an_unfair_comparison_is_refused_or_marked(changes, config, reason, mark
     assert values[a] != values[b]
 
 
+def test_of_many_differences_three_are_named(tmp_path):
+    a = write_run(tmp_path / "a")
+    many = dict(tokens_seen=1, parameters=1, vocabulary="gpt2", data_checksum="1", samples=1)
+    b = write_run(tmp_path / "b", changes=many)
+    with pytest.raises(UserError, match="tokens seen .*; other parameters .*; vocabulary .*; and 2"
+                                        " more"):
+        compare([a, b], PARTS, plot=False)
+
+
 def test_gates_indexer_checkpoint_and_backend_may_differ(tmp_path):
     a = write_run(tmp_path / "a", "dense")
     b = write_run(tmp_path / "b", "gsa", changes=dict(checkpoint="100", backend="torch"))
@@ -202,6 +212,21 @@ def test_a_folder_without_a_readable_evaluation_names_the_command(content, messa
 def test_one_folder_is_no_comparison(tmp_path):
     with pytest.raises(UserError, match="needs two folders or more"):
         compare([write_run(tmp_path / "a")], PARTS, plot=False)
+
+
+def test_the_curves_of_an_arm_have_one_colour_and_one_label():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    logs = [[{"kind": kind, "step": step, "loss": i + step / 10} for step in (1, 2, 3)
+             for kind in ("train", "eval")] for i in range(3)]
+    figure = pictures.draw_comparison(plt, {"dense": logs[:2], "gsa": logs[2:]})
+    for axes in figure.axes:
+        lines = axes.get_lines()
+        assert [line.get_ydata().tolist() for line in lines] == [
+            [i + 0.1, i + 0.2, i + 0.3] for i in range(3)]
+        assert [line.get_color() for line in lines] == ["C0", "C0", "C1"]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["dense, seeds: 2", "gsa, seeds: 1"]
+    plt.close(figure)
 
 
 # ---- settings that are lists

@@ -87,8 +87,9 @@ def _read(path):
 
 def parse(cls, argv, doc=None):
     """
-    cls: a dataclass of str, int, float, bool and dict fields.
-    argv: config files, --key=value, --key value, --flag (of a bool).
+    cls: a dataclass of str, int, float, bool, dict and list fields.
+    argv: config files, --key=value, --key value, --flag (of a bool), --key value value … (of a
+    list, up to the next --key or .py file).
     Returns the given settings only, as a dict of the fields' types.
     Raises UserError; --help prints the settings and exits. doc: what it prints first; by default
     the text at the head of the dataclass's file.
@@ -114,7 +115,13 @@ def parse(cls, argv, doc=None):
                 put(key, value)
             continue
         key, equals, value = arg[2:].partition("=")
-        if not equals:
+        if kinds.get(key) is list:
+            value = [value] if equals else []
+            while args and not (args[0].startswith("--") or args[0].endswith(".py")):
+                value.append(args.pop(0))
+            if not value:
+                raise UserError(f"--{key} needs a value")
+        elif not equals:
             if kinds.get(key) is bool and (not args or args[0].lower() not in TRUE_OR_FALSE):
                 value = "true"
             elif args and not args[0].startswith("--"):

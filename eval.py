@@ -4,33 +4,39 @@ Measure a trained model: perplexity, needle retrieval, statistics of its attenti
     python eval.py --out_dir out
     python eval.py --out_dir out --lengths=1024,4096 --seeds=5 --data=data/other
     python eval.py --out_dir out --tasks=needle,perplexity
+    python eval.py --compare out/dense_1 out/dense_2 out/gsa_1 out/gsa_2   # see compare.py
 
 Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. What is there
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
-interrupted goes on with the part that it had begun. With matplotlib installed it draws two pictures
+interrupted goes on with the part that it had begun. With matplotlib installed it draws pictures
 into out_dir:
     eval.png       needle retrieval, and the curves of the training
+    attention.png  where attention falls, how open the gates are, what the indexer selects
     selection.png  where full attention would look and what the indexer selects, for one needle
 """
 import difflib
 import functools
+import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 import inspection
 import needle
 import perplexity
+import stability
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
+from compare import compare
 from configurator import UserError, check_ranges, parse, replacing, run, say, to_json
-from data import Data, check_ids
+from data import Data, check_ids, identity
 from device import check_dtype, precision, use_device
 from outdir import read_log
-from pictures import draw_results, draw_selection, save_picture
+from pictures import draw_attention, draw_results, draw_selection, save_picture
 from scoring import Batcher
+from settings import TrainConfig
 from tokenizer import open_tokenizer
 
 # Each part is a file with
@@ -43,6 +49,7 @@ PARTS = {
     "perplexity": perplexity,
     "needle": needle,
     "attention": inspection,
+    "stability": stability,
 }
 EVERY_PART = "checkpoint block_size rope_scaling dtype backend"  # settings that matter to each
 
@@ -50,8 +57,9 @@ EVERY_PART = "checkpoint block_size rope_scaling dtype backend"  # settings that
 @dataclass
 class EvalConfig:
     out_dir: str = "out"  # folder of the checkpoint; results go there too
-    # what to measure, separated by commas: perplexity, needle, attention. Perplexity always is
-    tasks: str = "needle,attention"
+    # what to measure, separated by commas: perplexity, needle, attention, stability. Perplexity
+    # always is
+    tasks: str = "needle,attention,stability"
     again: bool = False  # measure anew also what eval.json holds already
     data: str = ""  # default: the data it was trained on
     tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
@@ -74,9 +82,16 @@ class EvalConfig:
     samples: int = 10  # needles per length, depth and seed
     distractors: int = 9  # wrong keys that the right key is ranked among
 
+    # attention
+    attention_windows: int = 10  # of the model's context, spread over val.bin
+
+    # comparison
+    # folders of runs that have been evaluated: nothing is measured, they are put side by side
+    compare: list = field(default_factory=list)
+    unequal: bool = False  # also runs that differ in tokens seen, parameters, data or block size
+
     # pictures
     plot: bool = True
-    compare: str = ""  # out_dir of another run, whose training curves are drawn beside
 
     # system
     batch_size: int = 0  # sequences per batch; 0 = what fits
@@ -86,7 +101,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_dtype(self.dtype)
-        check_ranges(self, {(1, None): "depths seeds samples distractors",
+        check_ranges(self, {(1, None): "depths seeds samples distractors attention_windows",
                             (0, None): "max_tokens stride block_size batch_size"})
 
 
@@ -133,13 +148,18 @@ class Subject:
 
     def facts(self):
         """Which model this is, for eval.json: what a fair comparison must know of it."""
-        config = self.trained
+        config = asdict(TrainConfig()) | self.trained  # what an older version lacks: its default
+        meta = self.checkpoint["meta"]
+        checksum = hashlib.sha256(to_json(identity(meta), sort_keys=True).encode()).hexdigest()
         added = sum(p.numel() for name, p in self.model.named_parameters()
                     if "_gate." in name or ".indexer." in name)
         parameters = sum(p.numel() for p in self.model.parameters())
         step = self.checkpoint["step"]
         facts = {"step": step, "arm": config.get("attention"), "seed": config.get("seed"),
-                 "data": config["data"], "vocabulary": self.checkpoint["meta"]["vocabulary"],
+                 "tokens_seen": step * (config["batch_size"] * config["grad_accum"]
+                                        * config["block_size"]),
+                 "data": config["data"], "data_checksum": checksum,
+                 "vocabulary": meta["vocabulary"],
                  "parameters": parameters, "gates_and_indexer": added,
                  "config": config}
         if not self.checkpoint["path"].endswith("ckpt.pt"):
@@ -195,7 +215,9 @@ class Results:
         content["settings"][name] = self.settings_of(part)
         content["seconds"][name] = seconds
         content["skipped"].pop(name, None)
-        content["summary"] |= part.summary(result)
+        content["summary"] = {}  # not |=: with other settings a part may have other numbers
+        for kept, old in content["results"].items():
+            content["summary"] |= PARTS[kept].summary(old)
         self.write()
         return result
 
@@ -218,7 +240,6 @@ def evaluate(cfg):
     parts = {name: PARTS[name] for name in names}
     for part in parts.values():
         part.check(cfg, subject)
-    logs = training_logs(cfg)
     results = Results(cfg, subject.facts())
     # 2. the parts
     with precision(subject.device, cfg.dtype):
@@ -240,29 +261,19 @@ def evaluate(cfg):
         say("\nsummary  " + "   ".join(f"{name.replace('_', ' ')} {value:.3f}"
                                        for name, value in results.content["summary"].items()))
         if cfg.plot:
-            draw(cfg, subject, results.content["results"], logs)
+            draw(cfg, subject, results.content["results"])
     return results.content
 
 
-def training_logs(cfg):
-    """{folder: records of its log.jsonl} of the run and of the one to compare it with."""
-    folders = [cfg.out_dir]
-    if cfg.compare:
-        folders.append(cfg.compare)
-    logs = {}
-    for folder in folders:
-        records = read_log(os.path.join(folder, "log.jsonl"))
-        logs[folder] = [record for record, _ in records]
-    if cfg.compare and not logs[cfg.compare]:
-        raise UserError(f"compare: there is no log in {cfg.compare}/log.jsonl")
-    return logs
-
-
-def draw(cfg, subject, results, logs):
+def draw(cfg, subject, results):
     """The pictures of the results, in out_dir."""
+    records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
     cells = results["needle"]["cells"] if "needle" in results else []
     warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
-    save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, logs, warmup_end)
+    save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, records, warmup_end)
+    if "attention" in results:
+        save_picture(os.path.join(cfg.out_dir, "attention.png"), draw_attention,
+                     results["attention"])
     try:
         if not cells:
             raise UserError("no needle was measured")
@@ -276,7 +287,11 @@ def draw(cfg, subject, results, logs):
 
 
 def main(argv):
-    evaluate(EvalConfig(**parse(EvalConfig, argv)))
+    cfg = EvalConfig(**parse(EvalConfig, argv))
+    if cfg.compare:
+        compare(cfg.compare, PARTS, cfg.unequal, cfg.plot)
+    else:
+        evaluate(cfg)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-The pictures: curves.png, which a training run draws, eval.png and selection.png, which eval.py
-draws. They need matplotlib (requirements-extra.txt).
+The pictures: curves.png, which a training run draws; eval.png, attention.png, selection.png and
+compare.png, which eval.py draws. They need matplotlib (requirements-extra.txt).
 
     save_picture("out/selection.png", draw_selection, layers, place)
 """
@@ -42,10 +42,10 @@ def curve(records, name):
     return [r["step"] for r in held], [r[name] for r in held]
 
 
-def draw_results(plt, cells, logs, warmup_end):
+def draw_results(plt, cells, records, warmup_end):
     """
-    Heat map of the needle grid, and training curves. logs: {name: records of a log.jsonl}, the
-    run's own first. warmup_end: the step at which its index warm-up ended, 0 = it had none.
+    Heat map of the needle grid, and training curves. records: those of the run's log.jsonl.
+    warmup_end: the step at which its index warm-up ended, 0 = it had none.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     if cells:  # one row per depth, one column per length
@@ -61,29 +61,26 @@ def draw_results(plt, cells, logs, warmup_end):
                  title="needle retrieval")
         left.set_xticks(range(len(lengths)), lengths)
         left.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
-    draw_curves(right, logs, warmup_end)
+    draw_curves(right, records, warmup_end)
     return figure
 
 
-def draw_training(plt, logs, warmup_end):
+def draw_training(plt, records, warmup_end):
     """The training curves alone, for a run that goes on. Arguments: see draw_results."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    draw_curves(axes, logs, warmup_end)
+    draw_curves(axes, records, warmup_end)
     return figure
 
 
-def draw_curves(axes, logs, warmup_end):
-    """One colour per run; losses and recall as lines, validation as dots."""
-    for i, (run_name, records) in enumerate(logs.items()):
-        train = [r for r in records if r.get("kind") == "train"]
-        curves = [("loss", "-"), ("index_loss", "--"), ("recall", ":")]
-        for name, style in curves:
-            steps, values = curve(train, name)
-            if values:
-                axes.plot(steps, values, style, color=f"C{i}", lw=1,
-                          label=f"{name.replace('_', ' ')}, {run_name}")
-        steps, values = curve([r for r in records if r.get("kind") == "eval"], "loss")
-        axes.plot(steps, values, "o", color=f"C{i}", label=f"validation loss, {run_name}")
+def draw_curves(axes, records, warmup_end):
+    """Losses and recall as lines, validation as dots."""
+    train = [r for r in records if r.get("kind") == "train"]
+    for name, style in (("loss", "-"), ("index_loss", "--"), ("recall", ":")):
+        steps, values = curve(train, name)
+        if values:
+            axes.plot(steps, values, style, color="C0", lw=1, label=name.replace("_", " "))
+    steps, values = curve([r for r in records if r.get("kind") == "eval"], "loss")
+    axes.plot(steps, values, "o", color="C1", label="validation loss")
     if warmup_end:
         axes.axvline(warmup_end, color="grey", lw=1)
         axes.annotate(" sparse →", (warmup_end, 1), xycoords=("data", "axes fraction"), va="top")
@@ -114,4 +111,54 @@ def draw_selection(plt, layers, place):
                        f"{mass[selected].sum():.2f} of full attention", fontsize="medium")
     rows[0, 0].legend(fontsize="small", loc="upper left", ncols=3)
     rows[-1, 0].set_xlabel("position of the key (the query is the last)")
+    return figure
+
+
+def draw_attention(plt, result):
+    """
+    What inspection.attention has found: the mass on the first keys and the gates by layer, k_t, and
+    the distances of the selected keys. One panel each; what the model lacks has none.
+    """
+    layers = result["layers"]
+    shares = {name: layers[name] for name in ("first_token", "first_four")}
+    gates = {name: layers[name] for name in ("value_gate", "output_gate") if name in layers}
+    panels = [("attention on the first keys", shares)]
+    if gates:
+        panels.append(("mean of the gates", gates))
+    histograms = [(title, result[name], label, scale) for title, name, label, scale in (
+        ("budget k_t", "k_t_histogram", "keys", "linear"),
+        ("distance of the selected keys", "distance_histogram", "tokens", "symlog"))
+        if name in result]
+    n = len(panels) + len(histograms)
+    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.5), squeeze=False, layout="constrained")
+    for ax, (title, lines) in zip(axes[0], panels):
+        for name, values in lines.items():
+            ax.plot(values, "o-", label=name.replace("_", " "))
+        ax.set(title=title, xlabel="layer", ylim=(0, None))
+        ax.set_xticks(range(0, len(values), 1 + len(values) // 12))
+        ax.legend(fontsize="small")
+    for ax, (title, found, label, scale) in zip(axes[0, len(panels):], histograms):
+        ax.stairs(found["shares"], found["edges"], fill=True)
+        ax.set_xscale(scale)
+        ax.set(title=title, xlabel=label, ylabel="share")
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def draw_comparison(plt, arms):
+    """
+    Loss in training and validation of several runs, one colour per arm.
+    arms: {name: [records of a run's log.jsonl, …]}.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, kind, title in zip(axes, ("train", "eval"), ("training", "validation")):
+        for i, (name, logs) in enumerate(arms.items()):
+            for j, records in enumerate(logs):
+                steps, values = curve([r for r in records if r.get("kind") == kind], "loss")
+                ax.plot(steps, values, "-" if kind == "train" else "o-", ms=3, lw=1, alpha=0.7,
+                        color=f"C{i}", label=None if j else f"{name}, seeds: {len(logs)}")
+        ax.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
     return figure

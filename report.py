@@ -122,8 +122,7 @@ class Reporter:
         warmup_end = self.cfg.index_warmup_iters if self.cfg.sparse else 0
         if step <= warmup_end:  # it lies ahead
             warmup_end = 0
-        save_picture(os.path.join(folder, "curves.png"), draw_training, {folder: records},
-                     warmup_end)
+        save_picture(os.path.join(folder, "curves.png"), draw_training, records, warmup_end)
 
     def record(self, kind, step, **values):
         """Add a line to log.jsonl, and its numbers to TensorBoard and wandb."""

@@ -1,13 +1,20 @@
 """
-What goes wrong in a training without ending it: skipped steps and spikes of the loss.
+What goes wrong in a training without ending it: skipped steps and spikes of the loss. train.py
+counts them; eval.py's part "stability" reads what it has logged.
 
     stability = Stability()
     stability.observe(loss=3.2, skipped=False)
     stability.spikes, stability.skipped, stability.in_a_row
+
+    stability_report(records of a log.jsonl)["spikes_per_1000_steps"]
 """
+import os
 from collections import deque
 
 import numpy as np
+
+from configurator import UserError, say
+from outdir import read_log
 
 
 class Stability:
@@ -48,3 +55,86 @@ class Stability:
         """What a checkpoint keeps: the arguments of the constructor."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes,
                 "losses": list(self.losses)}
+
+
+# --------------------------------------------------------------------------------------------------
+# A part of eval.py
+
+SETTINGS = ""
+
+
+def check(cfg, subject):
+    """Refuse what cannot be measured. Raises UserError."""
+
+
+def measure(cfg, subject):
+    path = os.path.join(cfg.out_dir, "log.jsonl")
+    records = [record for record, _ in read_log(path)]
+    records = [record for record in records if record["step"] <= subject.checkpoint["step"]]
+    if not any(record.get("kind") == "train" for record in records):
+        raise UserError(f"there is no log of the training in {path}")
+    return stability_report(records)
+
+
+def stability_report(records):
+    """
+    The stability of a run, from the records of its log.jsonl, of which one at least is of a step.
+    Returns a dict:
+        steps, logged_steps  steps up to the last record; steps that have a record
+        spikes, skipped      counted by the run itself over all steps (see Stability); None in the
+                             log of a version that did not count
+        spikes_per_1000_steps
+        grad_norm, index_grad_norm  the largest of the logged steps, before clipping
+        max_activation       the largest of the evaluations: of a layer, mean over the batches
+    The last three are {"value", "step"}, None where nothing is logged.
+    """
+    train = [record for record in records if record.get("kind") == "train"]
+    last = train[-1]
+    steps = max(record["step"] for record in records)
+    report = {"steps": steps, "logged_steps": len(train)}
+    # 1. what the run has counted. Each spike has a record, which may lie behind the last count
+    report["spikes"] = last.get("spikes")
+    report["skipped"] = last.get("skipped")
+    report["spikes_per_1000_steps"] = None
+    if report["spikes"] is not None:
+        report["spikes"] += sum(record.get("kind") == "spike" and record["step"] > last["step"]
+                                for record in records)
+        report["spikes_per_1000_steps"] = 1000 * report["spikes"] / steps
+    # 2. what was seen
+    for name in ("grad_norm", "index_grad_norm"):
+        report[name] = largest(train, name)
+    layers = {key for record in records for key in record if key.startswith("max_activation/")}
+    report["max_activation"] = largest(records, *layers)
+    return report
+
+
+def largest(records, *names):
+    """The largest number of these names: {"value", "step"}; None if there is none."""
+    found = [(record[name], record["step"]) for record in records for name in names
+             if type(record.get(name)) is float]
+    if not found:
+        return None
+    value, step = max(found)
+    return {"value": value, "step": step}
+
+
+def show(report):
+    counted = "not counted by the version that logged it"
+    if report["spikes"] is not None:
+        counted = (f"{report['spikes']} spikes ({report['spikes_per_1000_steps']:.2f} per 1,000 "
+                   f"steps), {report['skipped']} skipped steps")
+    say(f"\nstability   of all {report['steps']:,} steps: {counted}")
+    logged = f"of {report['logged_steps']:,} logged steps"
+    for name, label in (("grad_norm", f"gradient norm {logged}"),
+                        ("index_grad_norm", f"gradient norm of the indexer {logged}"),
+                        ("max_activation", "activation in the evaluations")):
+        if report[name]:
+            say(f"  largest {label}: {report[name]['value']:.4g} (step {report[name]['step']:,})")
+
+
+def summary(report):
+    found = {"spikes_per_1000_steps": report["spikes_per_1000_steps"],
+             "skipped_steps": report["skipped"]}
+    if report["grad_norm"]:
+        found["largest_grad_norm"] = report["grad_norm"]["value"]
+    return {name: value for name, value in found.items() if value is not None}

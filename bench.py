@@ -218,27 +218,28 @@ def check(cfg, T):
     Raises UserError where the path errs more than twice as much, or selects lower scores.
     """
     q, k, v, index, log_tau = layer_inputs(cfg, T, T)
-    q32, k32, v32, *index32 = (x.detach().float().requires_grad_() for x in (q, k, v, *index[:4]))
-    index32 = Index(*index32)
+    # in fp64 the equations' own rounding is no part of the errors
+    q64, k64, v64, *index64 = (x.detach().double().requires_grad_() for x in (q, k, v, *index[:4]))
+    index64 = Index(*index64)
     visible = Visible.causal(T, device=cfg.device)
     # 1. selection: no key that is left out has a higher score than a selected one, but for the
     #    query's own, which is always selected
     budget = Budget("fixed", T // 4, 1, T // 4)  # tiled.py then uses both kinds of blocks
     selection = attention.select(index, visible, budget, cfg.backend)
     selected = selection.mask()  # (1, T, T)
-    scores = attention.index_scores(index32)  # (1, T, T)
+    scores = attention.index_scores(index64)  # (1, T, T)
     own = torch.eye(T, dtype=torch.bool, device=cfg.device)
     lowest = scores.masked_fill(~selected | own, math.inf).amin(-1)  # (1, T)
     left_out = visible.mask() & ~selected
     highest = scores.masked_fill(~left_out, -math.inf).amax(-1)  # (1, T)
     wrong = (highest - lowest).max().item()
     # 2. what a training step over this selection returns
-    exact = train_step("eager", selection, q32, k32, v32, index32, log_tau)
+    exact = train_step("eager", selection, q64, k64, v64, index64, log_tau)
     results = [train_step(b, selection, q, k, v, index, log_tau) for b in (cfg.backend, "eager")]
     errors = {}
     for name, x in exact.items():
         size = x.norm().clamp(min=1e-30)
-        errors[name] = [((result[name].float() - x).norm() / size).item() for result in results]
+        errors[name] = [((result[name].double() - x).norm() / size).item() for result in results]
     # `not <=`, since a NaN is wrong, too
     bad = {name: e for name, e in errors.items() if not e[0] <= 2 * e[1] + 1e-5}
     tolerance = 1e-5 if cfg.dtype == torch.float32 else 2e-2

@@ -78,7 +78,7 @@ class EvalConfig:
 
     # LAMBADA
     lambada: str = ""  # a local .jsonl or .parquet of its passages; default: from the hub
-    limit: int = 0  # passages; 0 = all
+    limit: int = 0  # rows of each task; 0 = all
 
     # needle retrieval
     depths: int = 5  # positions of the needle, from the start (0) to the end (1)

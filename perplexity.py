@@ -48,7 +48,7 @@ def measure(cfg, subject):
     for name in names(cfg, subject):
         try:
             ids = text(cfg, subject, name)
-        except UserError as e:  # no network
+        except UserError as e:  # no network, for example
             skipped[name] = str(e)
             continue
         documents = Documents(ids, subject.tokenizer)
@@ -100,6 +100,8 @@ def count_words(text):
     """
     The pieces of a text between whitespace, as lm-eval counts the words of WikiText
     (lm_eval/tasks/wikitext): a blank in front or at the end adds an empty one. " a b " -> 4
+    The harness also joins WikiText's tokens ("a , b" becomes "a, b") before it predicts them, and
+    no end of a document: its word perplexity is another number than ours.
     """
     return len(re.split(r"\s+", text))
 
@@ -127,7 +129,9 @@ def ratio(values, sizes):
 def exponential(loss, error):
     """exp(loss) and its standard error, by the slope of exp at the loss."""
     value = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
-    return value, None if error is None else value * error
+    if error is None:
+        return value, None
+    return value, value * error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def show(result):
     # 1. means
     say("\nperplexity, ± standard error over documents")
     columns = {"loss": ("nats/token", 4), "perplexity": ("perplexity", 3),
-               "bits_per_byte": ("bits/byte", 4), "word_perplexity": ("per word", 1)}
+               "bits_per_byte": ("bits/byte", 4), "word_perplexity": ("word perplexity", 1)}
     say(" context  " + "".join(f"{heading:>22}" for heading, _ in columns.values()))
     for name, rows in by_text.items():
         first = rows[0]
@@ -278,7 +282,7 @@ def show(result):
             cells = [with_error(row, column, digits) for column, (_, digits) in columns.items()]
             say(f"{row['length']:8}  " + "".join(cell.rjust(22) for cell in cells))
     for name, reason in result["skipped"].items():
-        say(f"{name} skipped: {reason}")
+        say(f"{name} skipped: {reason} (--again tries anew)")
     # 2. losses by the tokens seen
     say("\nloss by the number of tokens seen, nats/token ± standard error")
     for name, buckets in curves(result).items():

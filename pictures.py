@@ -104,6 +104,7 @@ def draw_positions(plt, texts):
         errors = [bucket["loss_stderr"] or 0 for bucket in buckets]
         axes.errorbar(seen, losses, errors, fmt="o-", ms=3, lw=1, capsize=2, label=name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="tokens seen (up to)", ylabel="nats per token",
              title="loss by the tokens that a prediction sees")
     axes.grid(alpha=0.3)

@@ -19,7 +19,6 @@ import lambada
 import perplexity
 import pictures
 import prepare
-import scoring
 import sources
 import texts
 import train
@@ -186,6 +185,12 @@ def test_a_text_by_hand():
     assert counts == [(1, 2, 4), (3, 4, 2), (5, 8, 4), (9, 15, 5)]
     one = perplexity.perplexity(model, ids[:14], Documents(ids[:14], BYTES), 32, 16, Batcher())
     assert one["documents"] == 1 and one["loss_stderr"] is one["word_perplexity_stderr"] is None
+
+
+def test_a_separator_in_front_makes_no_document():
+    documents = Documents(np.array([SEPARATOR, *b"x y", SEPARATOR, *b"z"]), BYTES)
+    assert [documents.tokens.tolist(), documents.words.tolist()] == [[4, 1], [2, 1]]
+    assert documents.of_target.tolist() == [0, 0, 0, 0, 1]
 
 
 def test_words_are_counted_as_lm_eval_counts_those_of_wikitext():

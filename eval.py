@@ -2,7 +2,7 @@
 Measure a trained model: perplexity, needle retrieval, statistics of its attention, benchmarks.
 
     python eval.py --out_dir out
-    python eval.py --out_dir out --lengths=1024,4096 --seeds=5 --data=data/other
+    python eval.py --out_dir out --lengths=1024,4096 --seeds=5 --data=data/other,wikitext-103
     python eval.py --out_dir out --tasks=needle,perplexity
     python eval.py --compare out/dense_1 out/dense_2 out/gsa_1 out/gsa_2   # see compare.py
 
@@ -10,6 +10,7 @@ Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
 interrupted goes on with the part that it had begun. With matplotlib installed it draws pictures
 into out_dir:
+    perplexity.png the loss by the number of tokens seen
     eval.png       needle retrieval, and the curves of the training
     attention.png  where attention falls, how open the gates are, what the indexer selects
     selection.png  where full attention would look and what the indexer selects, for one needle
@@ -25,16 +26,18 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 import inspection
+import lambada
 import needle
 import perplexity
 import stability
+import texts
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
 from compare import compare
 from configurator import UserError, check_ranges, parse, replacing, run, say, to_json
 from data import Data, check_ids, identity
 from device import check_dtype, precision, use_device
 from outdir import read_log
-from pictures import draw_attention, draw_results, draw_selection, save_picture
+from pictures import draw_attention, draw_positions, draw_results, draw_selection, save_picture
 from scoring import Batcher
 from settings import TrainConfig
 from tokenizer import open_tokenizer
@@ -47,6 +50,7 @@ from tokenizer import open_tokenizer
 #   summary(result)        -> the few numbers to compare runs by, {name: number}
 PARTS = {
     "perplexity": perplexity,
+    "lambada": lambada,
     "needle": needle,
     "attention": inspection,
     "stability": stability,
@@ -61,7 +65,10 @@ class EvalConfig:
     # always is
     tasks: str = "needle,attention,stability"
     again: bool = False  # measure anew also what eval.json holds already
-    data: str = ""  # default: the data it was trained on
+    # texts, separated by commas: prepared folders, presets (prepare.py --list), .txt, .jsonl or
+    # .parquet files; default: the data it was trained on. Needles lie in the first one if it is a
+    # local file, else in the first folder
+    data: str = ""
     tokenizer: str = ""  # where the checkpoint's vocabulary file lies now; default: where it was
     checkpoint: str = "last"  # last | best (lowest validation loss) | a step
     # context in tokens, which may be longer than in training; 0 = that of training
@@ -73,8 +80,12 @@ class EvalConfig:
     lengths: str = ""
 
     # perplexity
-    max_tokens: int = 0  # of val.bin; 0 = all
+    max_tokens: int = 0  # of each text; 0 = all, of a preset 1,000,000
     stride: int = 0  # of the sliding window; 0 = half the context
+
+    # LAMBADA
+    lambada: str = ""  # a local .jsonl or .parquet of its passages; default: from the hub
+    limit: int = 0  # rows of each task; 0 = all
 
     # needle retrieval
     depths: int = 5  # positions of the needle, from the start (0) to the end (1)
@@ -102,7 +113,7 @@ class EvalConfig:
     def __post_init__(self):
         check_dtype(self.dtype)
         check_ranges(self, {(1, None): "depths seeds samples distractors attention_windows",
-                            (0, None): "max_tokens stride block_size batch_size"})
+                            (0, None): "max_tokens stride limit block_size batch_size"})
 
 
 class Subject:
@@ -120,19 +131,38 @@ class Subject:
         self.tokenizer = open_tokenizer(self.checkpoint["meta"], cfg.tokenizer)
         self.doc_mask = self.trained.get("doc_mask", True)
         self.batcher = Batcher(cfg.batch_size, self.device)
+        self.texts = {}  # by name, see text()
 
     @functools.cached_property
     def data(self):
-        """The prepared data that cfg.data names; by default what the model was trained on."""
-        path = self.cfg.data or find_data(self.checkpoint)
+        """The first prepared folder of cfg.data; by default what the model was trained on."""
+        names = [name for name in texts.text_names(self.cfg.data)
+                 if texts.kind_of_text(name) == "folder"]
+        return self.folder(names[0] if names else find_data(self.checkpoint))
+
+    def folder(self, path):
+        """The Data of a prepared folder. Raises UserError if the model cannot read it."""
         data = Data(path)
         check_vocabulary(self.checkpoint, data.meta, path)
         check_ids(np.asarray(data.val), data.vocab_size)
         return data
 
+    def text(self, name):
+        """The ids of a text that cfg.data names, see texts.py. Raises UserError."""
+        if name not in self.texts:
+            if texts.kind_of_text(name) == "folder":
+                ids = np.asarray(self.folder(name).val)
+            else:
+                ids = texts.encode_text(name, self.tokenizer, self.cfg.max_tokens)
+            self.texts[name] = ids
+        return self.texts[name]
+
     @property
     def val(self):
-        """All ids of the validation text."""
+        """Ids to hide needles in: of the local file that cfg.data names first, else of data."""
+        first = texts.text_names(self.cfg.data)[:1]
+        if first and texts.kind_of_text(first[0]) == "files":
+            return self.text(first[0])
         return np.asarray(self.data.val)
 
     def lengths(self):
@@ -268,6 +298,9 @@ def evaluate(cfg):
 def draw(cfg, subject, results):
     """The pictures of the results, in out_dir."""
     records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
+    if "perplexity" in results:
+        save_picture(os.path.join(cfg.out_dir, "perplexity.png"), draw_positions,
+                     perplexity.curves(results["perplexity"]))
     cells = results["needle"]["cells"] if "needle" in results else []
     warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
     save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, records, warmup_end)

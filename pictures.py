@@ -1,6 +1,6 @@
 """
-The pictures: curves.png, which a training run draws; eval.png, attention.png, selection.png and
-compare.png, which eval.py draws. They need matplotlib (requirements-extra.txt).
+The pictures: curves.png, which a training run draws; eval.png, perplexity.png, attention.png,
+selection.png and compare.png, which eval.py draws. They need matplotlib (requirements-extra.txt).
 
     save_picture("out/selection.png", draw_selection, layers, place)
 """
@@ -87,6 +87,26 @@ def draw_curves(axes, records, warmup_end):
     axes.set(xlabel="step", ylabel="nats (recall: a share)", title="training", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", framealpha=0.6)
+
+
+def draw_positions(plt, texts):
+    """
+    Loss by the number of tokens that a prediction sees, a curve per text with its standard errors.
+    texts: {name: by_position}, see perplexity.perplexity.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, buckets in texts.items():
+        seen = [bucket["to"] for bucket in buckets]
+        losses = [bucket["loss"] for bucket in buckets]
+        errors = [bucket["loss_stderr"] or 0 for bucket in buckets]
+        axes.errorbar(seen, losses, errors, fmt="o-", ms=3, lw=1, capsize=2, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="tokens seen (up to)", ylabel="nats per token",
+             title="loss by the tokens that a prediction sees")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", framealpha=0.6)
+    return figure
 
 
 def draw_selection(plt, layers, place):

@@ -1,4 +1,4 @@
-"""train.py and eval.py: batches, resume, ranks, retrofit, perplexity and needles."""
+"""train.py and eval.py: batches, resume, ranks, retrofit, needles and pictures."""
 import functools
 import io
 import json
@@ -19,7 +19,6 @@ import torch
 import attention
 import eval as evaluation
 import needle
-import perplexity
 import scoring
 import optim
 import prepare
@@ -32,7 +31,7 @@ from data import Batches, Data
 from ranks import Ranks
 from start import open_gates_and_load
 from tokenizer import Tokenizer
-from model import ARMS, GSA, GSAConfig
+from model import GSA, GSAConfig
 
 TINY = dict(
     n_layer=2, n_head=2, n_kv_head=1, n_embd=32, block_size=64,
@@ -363,29 +362,6 @@ def test_a_run_continues_other_weights_with_a_longer_context(data, tmp_path):
 
 # ---- evaluation
 
-@pytest.mark.parametrize("arm", list(ARMS))
-def test_perplexity_scores_every_token_once_with_enough_context(data, arm):
-    model = fresh_model(data, arm)
-    val, stride, T = Data(data).val[:331], 20, 64
-    token_lengths = Tokenizer("bytes").token_lengths
-    got = perplexity.perplexity(model, val, SEPARATOR, token_lengths, stride, batch_size=3)
-    total = 0.0
-    ids = torch.from_numpy(val.astype(np.int64))
-    for target in range(1, len(ids)):  # one at a time: the first window that reaches the target
-        start = 0
-        if target > T:
-            start = min(-(-(target - T) // stride) * stride, len(ids) - 1 - T)
-        window = ids[start:target][None]
-        doc_start = attention.document_starts(window, SEPARATOR)
-        log_p = model(window, doc_start=doc_start).logits[0, -1].log_softmax(-1)
-        total -= log_p[ids[target]].item()
-    assert got["tokens"] == 330
-    assert got["loss"] == pytest.approx(total / 330, rel=1e-6)
-    n_bytes = int((val[1:] < 256).sum())
-    assert got["bits_per_byte"] == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
-    assert got["perplexity"] == pytest.approx(math.exp(total / 330), rel=1e-6)
-
-
 def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
     tokenizer, ids = Tokenizer("bytes"), np.asarray(Data(data).val)
     hay = needle.haystack(ids, tokenizer)
@@ -456,8 +432,9 @@ def test_evaluation_beyond_the_training_length_needs_a_flag_and_no_code(data, tm
     for change in ({}, {"rope_scaling": scaling}):
         result = quick_evaluation(tmp_path, lengths="64,128", block_size=128, plot=False, **change)
         assert {c["length"] for c in result["results"]["needle"]["cells"]} == {64, 128}
-        assert result["results"]["perplexity"]["stride"] == 64
-        losses.append(result["results"]["perplexity"]["loss"])
+        longest = result["results"]["perplexity"]["rows"][-1]
+        assert (longest["length"], longest["stride"]) == (128, 64)
+        losses.append(longest["loss"])
     assert losses[0] != losses[1]
     assert load_model(str(tmp_path))[0].config.block_size == 64
 

@@ -1,0 +1,93 @@
+"""
+The texts that eval.py measures on. --data names them, separated by commas; each is
+
+    a prepared folder    data/demo                 its validation tokens
+    a preset             wikitext-103, c4          from the Hugging Face hub, see prepare.py --list
+    local text           notes.txt, 'x/*.jsonl'    .txt, .jsonl or .parquet, as prepare.py takes it
+
+The last two are encoded on the spot with the checkpoint's tokenizer, as prepare.py would.
+"""
+import difflib
+import os
+
+import numpy as np
+
+from configurator import UserError, say
+
+HUB_TOKENS = 1_000_000  # read of a preset unless --max_tokens says otherwise
+
+
+def text_names(data):
+    """ "data/demo, c4" -> ["data/demo", "c4"]"""
+    return [name.strip() for name in data.split(",") if name.strip()]
+
+
+def kind_of_text(name):
+    """What a name of a text means: "folder", "preset" or "files". Raises UserError."""
+    if os.path.isdir(name):
+        return "folder"
+    # Here, and below: reading prepared data never imports the code that downloads it
+    from localfiles import kind_of
+    from sources import PRESETS
+    if name in PRESETS:
+        return "preset"
+    if kind_of(name)[0] or "*" in name:
+        return "files"
+    near = difflib.get_close_matches(name, PRESETS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"data {name!r} is no prepared folder, no preset (python prepare.py --list) "
+                    f"and no .txt, .jsonl or .parquet file{hint}")
+
+
+def open_text(name, tokenizer, instead, source=""):
+    """
+    (PrepareConfig, Source) of a preset or of local text.
+    source: where to read the preset from, see prepare.py. instead: what to do without network, for
+    the message. Raises UserError.
+    """
+    from prepare import PrepareConfig
+    from sources import PRESETS, open_source
+    # A preset may be what the model was trained on: only what prepare.py holds out of it is read
+    held_out = 0 if name in PRESETS else 1  # 0 = the preset's own share
+    cfg = PrepareConfig(dataset=name, source=source, tokenizer=tokenizer.name, num_proc=1,
+                        val_fraction=held_out, rank=0, world_size=1)
+    try:
+        return cfg, open_source(cfg)
+    except UserError as e:
+        reason, without, _ = str(e).partition(" Without network:")  # what follows is prepare.py's
+        if not without:
+            raise
+        raise UserError(f"{reason} Without network: {instead}") from None
+
+
+def encode_text(name, tokenizer, max_tokens=0):
+    """
+    The ids of a preset or of local text, each document followed by a separator: 1-D array.
+    max_tokens: how many to read; 0 = all of local text, HUB_TOKENS of a preset. Raises UserError.
+    """
+    from encode import encode_blocks
+    limit = max_tokens
+    if kind_of_text(name) == "preset":
+        limit = max_tokens or HUB_TOKENS
+    cfg, source = open_text(name, tokenizer, "give --data=FILE, a .txt, .jsonl or .parquet")
+    parts = [np.empty(0, tokenizer.dtype)]
+    total = rows = broken = 0
+    fault = ""
+    for _, block in encode_blocks(source.blocks(None), cfg):
+        kept = np.repeat(block.held_out, block.lengths)  # (tokens of the block,)
+        parts.append(block.ids[kept])
+        total += len(parts[-1])
+        rows += block.counts["rows"]
+        broken += block.counts["broken"]
+        fault = fault or block.fault
+        if limit and total >= limit:
+            break
+    if broken:
+        fault = fault or f"{broken} of {rows} rows hold no text {cfg.text_column!r}"
+    if not total:
+        raise UserError(f"{name} holds no text to predict: {fault or 'it is empty'}")
+    if fault:
+        say(f"{name}: {fault}")
+    if limit and not max_tokens and total >= limit:
+        say(f"{name}: its first {limit:,} tokens (--max_tokens sets another number)")
+    return np.concatenate(parts)[:limit or None]

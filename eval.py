@@ -3,13 +3,14 @@ Measure a trained model: perplexity, needle retrieval, statistics of its attenti
 
     python eval.py --out_dir out
     python eval.py --out_dir out --lengths=1024,4096 --seeds=5 --data=data/other
-    python eval.py --out_dir out --tasks=needle,perplexity
+    python eval.py --out_dir out --tasks=needle,ruler --haystack=essays.txt
 
 Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. What is there
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
-interrupted goes on with the part that it had begun. With matplotlib installed it draws two pictures
+interrupted goes on with the part that it had begun. With matplotlib installed it draws pictures
 into out_dir:
     eval.png       needle retrieval, and the curves of the training
+    ruler.png      RULER's tasks at each length
     selection.png  where full attention would look and what the indexer selects, for one needle
 """
 import difflib
@@ -24,12 +25,13 @@ import numpy as np
 import inspection
 import needle
 import perplexity
+import ruler
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
 from configurator import UserError, check_ranges, parse, replacing, run, say, to_json
 from data import Data, check_ids
 from device import check_dtype, precision, use_device
 from outdir import read_log
-from pictures import draw_results, draw_selection, save_picture
+from pictures import draw_results, draw_ruler, draw_selection, save_picture
 from scoring import Batcher
 from tokenizer import open_tokenizer
 
@@ -39,9 +41,12 @@ from tokenizer import open_tokenizer
 #   measure(cfg, subject)  -> its result, a dict for eval.json; raises UserError to be skipped
 #   show(result)           prints it
 #   summary(result)        -> the few numbers to compare runs by, {name: number}
+# A part of several tasks also has TASKS, their names, and wanted(cfg), the ones that are asked for.
+# It may keep(what is measured so far), and find it as `begun` after an interruption (see Subject).
 PARTS = {
     "perplexity": perplexity,
     "needle": needle,
+    "ruler": ruler,
     "attention": inspection,
 }
 EVERY_PART = "checkpoint block_size rope_scaling dtype backend"  # settings that matter to each
@@ -50,7 +55,8 @@ EVERY_PART = "checkpoint block_size rope_scaling dtype backend"  # settings that
 @dataclass
 class EvalConfig:
     out_dir: str = "out"  # folder of the checkpoint; results go there too
-    # what to measure, separated by commas: perplexity, needle, attention. Perplexity always is
+    # what to measure, separated by commas: perplexity, needle, ruler (or some of its 13 tasks, such
+    # as niah_single_1,vt), attention. Perplexity always is
     tasks: str = "needle,attention"
     again: bool = False  # measure anew also what eval.json holds already
     data: str = ""  # default: the data it was trained on
@@ -68,11 +74,18 @@ class EvalConfig:
     max_tokens: int = 0  # of val.bin; 0 = all
     stride: int = 0  # of the sliding window; 0 = half the context
 
-    # needle retrieval
-    depths: int = 5  # positions of the needle, from the start (0) to the end (1)
+    # needles and RULER
     seeds: int = 3
-    samples: int = 10  # needles per length, depth and seed
+    # needles per length, depth and seed; of RULER, samples per task, length and seed
+    samples: int = 10
+    # what the facts are hidden in: a text file or a prepared folder (RULER's own is
+    # PaulGrahamEssays.json); default: the validation text
+    haystack: str = ""
+    needles: str = "single"  # kinds: single,multikey,multivalue,multiquery
+    depths: int = 5  # positions of the needle, from the start (0) to the end (1)
     distractors: int = 9  # wrong keys that the right key is ranked among
+    squad: str = ""  # SQuAD's dev-v2.0.json, for RULER's qa_1
+    hotpotqa: str = ""  # HotpotQA's hotpot_dev_distractor_v1.json, for RULER's qa_2
 
     # pictures
     plot: bool = True
@@ -105,6 +118,8 @@ class Subject:
         self.tokenizer = open_tokenizer(self.checkpoint["meta"], cfg.tokenizer)
         self.doc_mask = self.trained.get("doc_mask", True)
         self.batcher = Batcher(cfg.batch_size, self.device)
+        self.begun = {}  # what an interrupted measurement of the part has kept
+        self.keep = None  # keeps what the part has measured so far, a dict
 
     @functools.cached_property
     def data(self):
@@ -148,14 +163,17 @@ class Subject:
 
 
 def asked_for(tasks):
-    """ "needle,attention" -> the names of the parts to measure, perplexity first."""
+    """ "needle,vt" -> the names of the parts to measure, perplexity first: also "ruler" for vt."""
+    part_of = {name: name for name in PARTS}
+    for name, part in PARTS.items():
+        part_of |= {task: name for task in getattr(part, "TASKS", ())}
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     for name in names:
-        if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PARTS)}"
+        if name not in part_of:
+            near = difflib.get_close_matches(name, part_of, 3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(part_of)}"
             raise UserError(f"unknown task {name!r}: {hint}")
-    return list(dict.fromkeys(["perplexity", *names]))
+    return list(dict.fromkeys(["perplexity", *(part_of[name] for name in names)]))
 
 
 class Results:
@@ -168,7 +186,7 @@ class Results:
         self.cfg = cfg
         self.path = os.path.join(cfg.out_dir, "eval.json")
         self.content = {"model": facts, "settings": {}, "seconds": {}, "results": {},
-                        "skipped": {}, "summary": {}}
+                        "skipped": {}, "unfinished": {}, "summary": {}}
         try:
             with open(self.path, encoding="utf-8") as f:
                 old = json.load(f)
@@ -179,13 +197,29 @@ class Results:
 
     def settings_of(self, part):
         names = f"{EVERY_PART} {part.SETTINGS}".split()
-        return json.loads(to_json({name: getattr(self.cfg, name) for name in names}))
+        found = {name: getattr(self.cfg, name) for name in names}
+        if hasattr(part, "wanted"):
+            found["tasks"] = part.wanted(self.cfg)
+        return json.loads(to_json(found))
 
     def kept(self, name, part):
         """The result of a part, if it was measured with these settings; else None."""
         if self.cfg.again or self.content["settings"].get(name) != self.settings_of(part):
             return None
         return self.content["results"].get(name)
+
+    def begun(self, name, part):
+        """What keep() has kept of a part with these settings, else {}."""
+        found = self.content["unfinished"].get(name)
+        if self.cfg.again or not found or found["settings"] != self.settings_of(part):
+            return {}
+        return found["result"]
+
+    def keep(self, name, part, result):
+        """Keep what is measured so far of a part, for the next run if this one is interrupted."""
+        found = {"settings": self.settings_of(part), "result": result}
+        self.content["unfinished"][name] = json.loads(to_json(found))
+        self.write()
 
     def put(self, name, part, result, seconds):
         """Keep the result of a part. Returns it as it will be read again."""
@@ -195,6 +229,7 @@ class Results:
         content["settings"][name] = self.settings_of(part)
         content["seconds"][name] = seconds
         content["skipped"].pop(name, None)
+        content["unfinished"].pop(name, None)
         content["summary"] |= part.summary(result)
         self.write()
         return result
@@ -228,6 +263,8 @@ def evaluate(cfg):
                 say(f"\n{name}: measured before (--again measures it anew)")
             else:
                 began = time.time()
+                subject.begun = results.begun(name, part)
+                subject.keep = functools.partial(results.keep, name, part)
                 try:
                     result = part.measure(cfg, subject)
                 except UserError as e:
@@ -263,6 +300,8 @@ def draw(cfg, subject, results, logs):
     cells = results["needle"]["cells"] if "needle" in results else []
     warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
     save_picture(os.path.join(cfg.out_dir, "eval.png"), draw_results, cells, logs, warmup_end)
+    if "ruler" in results and results["ruler"]["cells"]:
+        save_picture(os.path.join(cfg.out_dir, "ruler.png"), draw_ruler, results["ruler"]["cells"])
     try:
         if not cells:
             raise UserError("no needle was measured")

@@ -29,11 +29,8 @@ NIAH = (
     "I will quiz you about the {kind} afterwards.\n{context}\n"
     "What are all the special magic {kind} for {query} mentioned in the provided text? "
     "The special magic {kind} for {query} mentioned in the provided text are")
-NIAH_ONE = (
-    "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What is the special magic {kind} for {query} mentioned in the provided text? "
-    "The special magic {kind} for {query} mentioned in the provided text is")
+NIAH_ONE = (NIAH.replace("Some", "A").replace("are all", "is")  # for one value
+            .replace("are hidden", "is hidden").replace("text are", "text is"))
 NEEDLE = "One of the special magic {kind} for {name} is: {value}."
 NOISE = ("The grass is green. The sky is blue. The sun is yellow. Here we go. "
          "There and back again.")
@@ -96,15 +93,14 @@ class Sources:
         """Lines of noise in vt's example: RULER's most, in steps of 5, within 500 tokens."""
         lines = 6  # more than the chain has assignments
         for n in range(10, 30, 5):
-            text, _ = chain_text(n, random.Random(0), set(), 1, 4, 3)
+            text, _ = chain_text(n, random.Random(0), set(), 1, 4, letters=3)
             if len(self.subject.tokenizer.encode(text)) + TASKS["vt"].tokens <= 500:
                 lines = n
         return lines
 
     def questions(self, name):
-        """(questions, documents) of "squad" or "hotpotqa"; None where no file is given."""
-        path = getattr(self.cfg, name)
-        return READERS[name](path) if path else None
+        """(questions, documents) of "squad" or "hotpotqa"."""
+        return READERS[name](getattr(self.cfg, name))
 
 
 class Question(NamedTuple):

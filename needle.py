@@ -303,20 +303,21 @@ def shade(share):
 def show(result):
     """A heat map of each kind: a row per depth, a column per length."""
     cells = result["cells"]
+    if cells:
+        say(f"\nneedles in {result['haystack']}: share of the keys that are written,\n"
+            "mean ± std over seeds (rank of the right key)")
     for kind in dict.fromkeys(c["kind"] for c in cells):
         grid = {(c["depth"], c["length"]): c for c in cells if c["kind"] == kind}
         depths = sorted({depth for depth, _ in grid})
         lengths = sorted({length for _, length in grid})
-        say(f"\nneedle, {kind}, in {result['haystack']}: share of the keys that are written, "
-            "mean ± std over seeds (rank of the right key)\n"
-            "  depth  " + "".join(f"{f'{n} tokens':>24}" for n in lengths))
+        say(f"\n  {kind}, depth" + "".join(f"{f'{n} tokens':>24}" for n in lengths))
         for depth in depths:
-            row = ""
+            row = f"  {depth:{len(kind) + 7}.2f}"
             for c in (grid[depth, length] for length in lengths):
                 rank = f" ({c['rank']:.1f})" if "rank" in c else ""
                 text = f"{shade(c['accuracy'])} {c['accuracy']:.2f} ± {c['accuracy_std']:.2f}"
                 row += (text + rank).rjust(24)
-            say(f"{depth:7.2f}  {row}")
+            say(row)
     for what, reason in result["skipped"].items():
         say(f"\nneedle, {what}, skipped: {reason}")
 

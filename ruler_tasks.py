@@ -93,8 +93,8 @@ class Sources:
         """Lines of noise in vt's example: RULER's most, in steps of 5, within 500 tokens."""
         lines = 6  # more than the chain has assignments
         for n in range(10, 30, 5):
-            text, _ = chain_text(n, random.Random(0), set(), 1, 4, letters=3)
-            if len(self.subject.tokenizer.encode(text)) + TASKS["vt"].tokens <= 500:
+            text, names = chain_text(n, random.Random(0), set(), 1, 4, letters=3)
+            if len(self.subject.tokenizer.encode(f"{text} {names}")) + TASKS["vt"].tokens <= 500:
                 lines = n
         return lines
 

@@ -209,7 +209,7 @@ def niah(n, rng, sources, length, i, haystack, name="words", value="numbers", n_
         facts.append((draw(name), [draw(value) for _ in range(n_values)]))
     needles = [told(a_name, a_value) for a_name, own in facts for a_value in own]
     rng.shuffle(needles)
-    asked = rng.sample(facts, n_queries)
+    asked = facts[:n_queries]
     # 2. the haystack around them
     if haystack == "essay":
         words = sources.essay[1]

@@ -123,8 +123,11 @@ def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
                 and len(prompt) + len(answer) <= 120)
 
 
-def test_no_name_or_key_stands_in_the_text_already():
-    """A haystack that assigns 600 of the 676 names: only the other 76 are used."""
+def test_no_name_or_key_stands_in_the_text_already(monkeypatch):
+    """
+    A haystack that assigns 600 of the 676 names: only the other 76 are used. One that holds one of
+    two keys: only the other is used.
+    """
     names = [a + b for a in map(chr, range(65, 91)) for b in map(chr, range(65, 91))]
     used = random.Random(0).sample(names, 600)
     tokenizer = Tokenizer("bytes")
@@ -134,6 +137,13 @@ def test_no_name_or_key_stands_in_the_text_already():
         _, [(name, _)], _ = needle.needle_prompt(hay, tokenizer, length, 0.5, 4,
                                                  random.Random(seed))
         assert name not in used
+    monkeypatch.setattr(needle, "random_passkey", lambda rng: ("AB", rng.choice(["aaaa", "bbbb"])))
+    hay = tokenizer.encode("so aaaa it is")
+    for seed in range(10):
+        _, facts, _ = needle.needle_prompt(hay, tokenizer, len(hay) + 17, 0.5, 4,
+                                           random.Random(seed))
+        assert facts == [("AB", "bbbb")]
+    monkeypatch.undo()
     facts = [("AB", "aaaa"), ("CD", "bbbb")]
     wrong = needle.draw_wrong_keys(facts, 500, random.Random(0))
     assert len(set(wrong)) == 500 and not {"aaaa", "bbbb"} & set(wrong)

@@ -336,6 +336,9 @@ def test_qa_asks_the_questions_of_a_file_one_after_the_other(files):
         documents = re.findall(r"^Paragraph \d of article (\d)", text, re.M)
         # its own article's four paragraphs come first, then others
         assert documents.count(str(i // 4)) == min(4, len(documents)) and len(documents) >= 4
+    for sample in samples(files, "qa_1", length=700):  # two or three documents
+        text = Tokenizer("bytes").decode(sample.ids)
+        assert 1 < text.count("Document ") < 4 and parse(text) == sample.answers[:1]
 
 
 def test_the_needle_stands_at_one_of_forty_depths_between_sentences(files):

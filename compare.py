@@ -31,8 +31,7 @@ from pictures import draw_comparison, save_picture
 SAME_ARM = set("""seed out_dir overwrite keep data init_from log_interval eval_interval eval_iters
     max_skips plot tensorboard wandb wandb_project device backend compile activation_checkpointing
     fsdp dry_run gpus gpu assumed_mfu""".split())
-# Settings of eval.py that may differ: which checkpoint it is, the tokens seen tell
-ANY_EVALUATION = {"checkpoint", "backend"}
+ANY_EVALUATION = {"backend"}  # settings of eval.py that may differ
 # The shape of an eval.json, see configurator.mismatch
 EVALUATION = {"results": dict, "settings": dict,
               "model": {"step": int, "arm": None, "seed": None, "parameters": int,
@@ -49,8 +48,10 @@ class Run:
     log: list  # records of log.jsonl
 
 
-def read_run(folder, parts):
-    """The Run in a folder. parts: eval.PARTS. Raises UserError with the command that helps."""
+def read_run(folder, find_part):
+    """
+    The Run in a folder. find_part: eval.find_part. Raises UserError with the command that helps.
+    """
     path = os.path.join(folder, "eval.json")
     command = f"python eval.py --out_dir={shlex.quote(folder)}"
     try:
@@ -65,7 +66,7 @@ def read_run(folder, parts):
     try:
         for name, result in content["results"].items() if not wrong else ():
             numbers[name] = {label: float(value)
-                             for label, value in parts[name].summary(result).items()
+                             for label, value in find_part(name).summary(result).items()
                              if value is not None}
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         wrong = f"{type(e).__name__} {e} in {name}"
@@ -276,15 +277,15 @@ def markdown(table):
     return "\n".join(lines) + "\n"
 
 
-def compare(folders, parts, allow_unequal=False, plot=True):
+def compare(folders, find_part, allow_unequal=False, plot=True):
     """
-    Print and write the table of the runs in these folders. parts: eval.PARTS. Returns the content
-    of compare.json. Raises UserError.
+    Print and write the table of the runs in these folders. find_part: eval.find_part.
+    Returns the content of compare.json. Raises UserError.
     """
     # 1. read, and refuse
     if len(folders) < 2:
         raise UserError("compare needs two folders or more: --compare out_a out_b")
-    runs = [read_run(folder, parts) for folder in folders]
+    runs = [read_run(folder, find_part) for folder in folders]
     differing = unequal(runs)
     if differing and not allow_unequal:
         refuse(differing)

@@ -36,7 +36,7 @@ import measure as formulas
 from attention import Selection, Visible, attention_probabilities, document_starts, select
 from configurator import UserError, say
 from data import Batches
-from needle import longest_answer, needle_prompt
+from needle import longest_answer, needle_prompt, read_haystack
 from scoring import LOGITS, Progress
 
 SETTINGS = "data attention_windows"
@@ -279,15 +279,21 @@ def last_query(model, ids, device="cpu"):
     return layers
 
 
-def needle_selection(model, hay, tokenizer, length, device="cpu"):
+def needle_selection(subject, result):
     """
-    last_query of a prompt of `length` tokens with a needle in its middle. Returns the layers and
-    the needle's place, a slice. Raises UserError where there is nothing to see.
+    last_query of a prompt with a needle in its middle, of the longest length in the result of the
+    part "needle". Returns the layers and the needle's place, a slice. Raises UserError where there
+    is nothing to see.
     """
-    if not model.config.sparse:
+    if not subject.model.config.sparse:
         raise UserError("this model has no indexer")
-    ids, _, place = needle_prompt(hay, tokenizer, length, 0.5, longest_answer(), random.Random(0))
-    layers = last_query(model, ids, device)
+    if not result["cells"]:
+        raise UserError("no needle was measured")
+    length = max(cell["length"] for cell in result["cells"])
+    _, hay = read_haystack(subject.cfg, subject)
+    ids, _, place = needle_prompt(hay, subject.tokenizer, length, 0.5, longest_answer(),
+                                  random.Random(0))
+    layers = last_query(subject.model, ids, subject.device)
     if all(selected.all() for _, selected in layers):
         raise UserError(f"at {length} tokens the indexer selects every key")
     return layers, place

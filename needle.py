@@ -1,35 +1,68 @@
 """
-Needle in a haystack: a fact somewhere in a long text, and the question for it. A part of eval.py.
+Needle in a haystack: facts somewhere in a long text, and a question for them. A part of eval.py.
+
+    python eval.py --tasks=needle --needles=single,multikey,multivalue,multiquery
+    python eval.py --tasks=needle --haystack=essays.txt --block_size=4096 --lengths=1024,4096
+
+A fact is a pass-key line, "\\nAB=x1y2\\n", and its question is "\\nAB=". The kinds of needles are
+those of RULER (arXiv 2404.06654, section 3):
+    single      one fact is told and asked
+    multikey    three facts with other names are told, too
+    multivalue  one name is told four values, and all of them are to be named
+    multiquery  four facts are told, and all of them are asked
+Where several answers are wanted the score is the share that is found. Multivalue asks once: the
+model writes on greedily for as many tokens as four facts take, and a value counts if it appears
+there. Multiquery asks one question after the other, each behind the right answers to those before.
 """
+import difflib
 import random
 import re
+import sys
 
 import numpy as np
 
 from configurator import UserError, say
 from data import passkey_line, random_passkey
-from scoring import Progress, score
+from scoring import Progress, answer, score
+from texts import identify
 
-SETTINGS = "data lengths depths seeds samples distractors"
+SETTINGS = "data haystack needles lengths depths seeds samples distractors"
+KINDS = ("single", "multikey", "multivalue", "multiquery")
+SEVERAL = 4  # facts of the kinds with several; RULER's number
+HAYSTACK_TOKENS = 2**22  # of a haystack that is read at most
 
 
 def check(cfg, subject):
     """Refuse what cannot be measured. Raises UserError."""
     subject.lengths()
+    kinds_of(cfg)
+    check_haystack(cfg)
+
+
+def kinds_of(cfg):
+    """cfg.needles as a list of kinds. Raises UserError."""
+    kinds = [kind.strip() for kind in cfg.needles.split(",") if kind.strip()]
+    for kind in kinds:
+        if kind not in KINDS:
+            near = difflib.get_close_matches(kind, KINDS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KINDS)}"
+            raise UserError(f"needles: there is no {kind!r}: {hint}")
+    return kinds or ["single"]
 
 
 def measure(cfg, subject):
-    hay = haystack(subject.val, subject.tokenizer)
+    name, hay = read_haystack(cfg, subject)
     depths = [i / max(1, cfg.depths - 1) for i in range(cfg.depths)]
     cells = []
     skipped = {}
-    for length in subject.lengths() or quarters(subject.T):
-        try:
-            cells += needle(subject.model, hay, subject.tokenizer, length, depths, cfg.seeds,
-                            cfg.samples, cfg.distractors, subject.batcher)
-        except UserError as e:  # the needle does not fit: length or validation text too short
-            skipped[length] = str(e)
-    return {"cells": cells, "skipped": skipped}
+    for kind in kinds_of(cfg):
+        for length in subject.lengths() or quarters(subject.T):
+            try:
+                cells += needle(subject.model, hay, subject.tokenizer, length, depths, cfg.seeds,
+                                cfg.samples, cfg.distractors, subject.batcher, kind)
+            except UserError as e:  # it does not fit: length or haystack too short
+                skipped[f"{kind} at {length} tokens"] = str(e)
+    return {"haystack": name, "cells": cells, "skipped": skipped}
 
 
 def quarters(T):
@@ -37,9 +70,12 @@ def quarters(T):
     return sorted({max(1, T // 4), max(1, T // 2), T})
 
 
+# --------------------------------------------------------------------------------------------------
+# Haystacks
+
 def haystack(ids, tokenizer):
     """
-    The validation documents that hold no pass-key in their first 4000 tokens, joined without
+    The documents of a text that hold no pass-key in their first 4000 tokens, joined without
     separators: 1-D array of ids.
     """
     ends = np.flatnonzero(ids == tokenizer.separator)
@@ -49,28 +85,93 @@ def haystack(ids, tokenizer):
     return np.concatenate(docs) if docs else ids[:0]
 
 
-def needle_prompt(hay, tokenizer, length, depth, n_answer, rng):
-    """
-    A prompt of length - n_answer ids: text from a random place of the haystack, with a fact
-    ("\\nAB=x1y2\\n") inserted at `depth` (0 to 1), and its question ("\\nAB=").
-    Returns the ids, the key ("x1y2") and the fact's place, a slice.
+def check_haystack(cfg):
+    """Refuse a haystack that is not there. Raises UserError."""
+    if cfg.haystack:
+        identify(cfg.haystack)
 
+
+def read_haystack(cfg, subject):
+    """
+    The text that the facts are hidden in, of cfg.haystack (see texts.py) or of the model's data:
+    (where it is from, 1-D array of ids).
+    """
+    if not cfg.haystack:
+        return f"validation text of {subject.data.path}", haystack(subject.val, subject.tokenizer)
+    ids = subject.text(cfg.haystack, HAYSTACK_TOKENS)
+    return cfg.haystack, haystack(ids, subject.tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts
+
+def encode_question(tokenizer, name):
+    return tokenizer.encode("\n" + passkey_line(name, "").rstrip("\n"))
+
+
+def encode_fact(tokenizer, name, key):
+    """
     Question, key and line end are encoded one by one. In a BPE vocabulary "=x4" may be one token;
     then the fact would hold other tokens than the question and the answer.
     """
-    name, key = random_passkey(rng)
-    question = tokenizer.encode("\n" + passkey_line(name, "").rstrip("\n"))
-    fact = np.concatenate((question, tokenizer.encode(key), tokenizer.encode("\n")))
-    room = length - len(fact) - len(question) - n_answer
-    if room < 0 or room > len(hay):
-        raise UserError(f"a needle at {length} tokens needs {max(0, room)} tokens of other "
-                        f"validation text and {length - room} for fact, question and answer; "
-                        f"there are {len(hay)}")
-    at = rng.randrange(len(hay) - room + 1)
-    text = hay[at:at + room]
-    cut = round(depth * room)
-    ids = np.concatenate((text[:cut], fact, text[cut:], question))
-    return ids, key, slice(cut, cut + len(fact))
+    return np.concatenate((encode_question(tokenizer, name), tokenizer.encode(key),
+                           tokenizer.encode("\n")))
+
+
+def draw_facts(kind, rng):
+    """The facts of a prompt, [(name, key), …], all different; the first is asked for."""
+    n = 1 if kind == "single" else SEVERAL
+    while True:
+        facts = [random_passkey(rng) for _ in range(n)]
+        names, keys = zip(*facts)
+        if len(set(names)) == len(set(keys)) == n:
+            break
+    return [(names[0], key) for key in keys] if kind == "multivalue" else facts
+
+
+def room_behind(kind, facts, tokenizer, n_answer):
+    """Tokens to keep free behind the first question; n_answer: the most of one answer."""
+    if kind in ("single", "multikey"):
+        return n_answer
+    between = [len(encode_fact(tokenizer, name, "")) for name, _ in facts[1:]]
+    return sum(between) + n_answer * len(facts)
+
+
+def needle_prompt(hay, tokenizer, length, depth, n_answer, rng, kind="single"):
+    """
+    A prompt of at most `length` ids with what is to follow: text from a random place of the
+    haystack, with a fact at `depth` (0 to 1) of it, further facts anywhere, and a question.
+    Returns the ids, the facts [(name, key), …], of which the first is asked, and the place of the
+    first, a slice. No name or key stands in the text already. Raises UserError where hay or length
+    are too short.
+    """
+    while True:
+        # 1. the facts, and the text that they leave room for
+        facts = draw_facts(kind, rng)
+        coded = [encode_fact(tokenizer, name, key) for name, key in facts]
+        question = encode_question(tokenizer, facts[0][0])
+        room = length - sum(map(len, coded)) - len(question)
+        room -= room_behind(kind, facts, tokenizer, n_answer)
+        if room < 0 or room > len(hay):
+            raise UserError(f"a needle at {length} tokens needs {max(0, room)} tokens of haystack "
+                            f"and {length - room} for facts, questions and answers; the haystack "
+                            f"has {len(hay)}")
+        at = rng.randrange(len(hay) - room + 1)
+        text = hay[at:at + room]
+        words = tokenizer.decode(text)
+        if not any(f"{name}=" in words or key in words for name, key in facts):
+            break
+    # 2. where they are inserted
+    cuts = [round(depth * room)] + [rng.randrange(room + 1) for _ in facts[1:]]
+    order = sorted(range(len(facts)), key=lambda i: (cuts[i], i))
+    pieces = []
+    done = 0  # tokens of the text that stand in pieces
+    for i in order:
+        pieces += [text[done:cuts[i]], coded[i]]
+        done = cuts[i]
+    before = sum(len(coded[i]) for i in order[:order.index(0)])
+    place = slice(cuts[0] + before, cuts[0] + before + len(coded[0]))
+    return np.concatenate((*pieces, text[done:], question)), facts, place
 
 
 def longest_answer():
@@ -78,62 +179,132 @@ def longest_answer():
     return len(random_passkey(random.Random())[1])
 
 
-def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batcher):
+def draw_wrong_keys(facts, n, rng):
+    """n keys that are not told, all different."""
+    told = {key for _, key in facts}
+    wrong = []
+    while len(wrong) < n:
+        key = random_passkey(rng)[1]
+        if key not in told and key not in wrong:
+            wrong.append(key)
+    return wrong
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+def ask(model, prompts, wrong, kind, tokenizer, batcher):
+    """
+    Ask for the first fact of each prompt, or for all (multiquery). prompts: what needle_prompt
+    returns. wrong: for each, as many wrong keys as the right one is ranked among; the keys of the
+    other facts replace the first of them. Returns for each question 1 if greedy decoding writes the
+    key, else 0, and the key's rank, 1 = best.
+    """
+    contexts, keys = [], []
+    for (ids, facts, _), others in zip(prompts, wrong):
+        asked = facts if kind == "multiquery" else facts[:1]
+        for i, (name, key) in enumerate(asked):
+            if i:
+                ids = np.concatenate((ids, encode_question(tokenizer, name)))
+            told = [k for _, k in facts if k != key]
+            candidates = [key, *(told + others[len(told):])[:len(others)]]
+            contexts.append(ids)
+            keys.append([tokenizer.encode(k) for k in candidates])
+            ids = np.concatenate((ids, tokenizer.encode(key), tokenizer.encode("\n")))
+    hits, ranks = [], []
+    for right, *rest in score(model, contexts, keys, batcher):
+        hits.append(right.greedy)
+        ranks.append(1 + sum(w.likelihood > right.likelihood for w in rest))
+    return hits, ranks
+
+
+def write_values(model, prompts, tokenizer, batcher):
+    """Multivalue: the share of the values that appear in what the model writes, per prompt."""
+    limits = [room_behind("multivalue", facts, tokenizer, longest_answer())
+              for _, facts, _ in prompts]
+    texts = answer(model, [ids for ids, _, _ in prompts], limits, [[]] * len(prompts), tokenizer,
+                   batcher)
+    return [np.mean([key in written.text for _, key in facts])
+            for written, (_, facts, _) in zip(texts, prompts)]
+
+
+def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batcher,
+           kind="single"):
     """
     Retrieval at one context length, the same needles for every size of batches.
-    Returns a list of cells, one per depth: length, depth, accuracy and accuracy_std (exact match
-    of the generated key, mean and standard deviation over seeds), rank and rank_std (of the right
-    key among 1 + distractors, 1 is best).
+    Returns a list of cells, one per depth: kind, length, depth, accuracy and accuracy_std (share of
+    the wanted keys that the model names, mean and standard deviation over seeds), rank and rank_std
+    (of the right key among 1 + distractors, 1 is best; not of multivalue).
     """
     cells = []
-    with Progress(f"needle at {length} tokens", len(depths) * seeds) as progress:
+    with Progress(f"needle, {kind}, at {length} tokens", len(depths) * seeds) as progress:
         for depth in depths:
             seed_accuracy, seed_rank = [], []
             for seed in range(seeds):
                 rng = random.Random(f"{seed} {length} {depth}")
-                # 1. needles: prompt, right key and wrong keys of one after those of the other
-                prompts, keys = [], []
+                prompts, wrong = [], []
                 for _ in range(samples):
-                    ids, key, _ = needle_prompt(hay, tokenizer, length, depth, longest_answer(),
-                                                rng)
-                    wrong = [random_passkey(rng)[1] for _ in range(distractors)]
-                    prompts.append(ids)
-                    keys.append([tokenizer.encode(k) for k in [key, *wrong]])
-                # 2. their scores
-                hits, ranks = [], []
-                for right, *wrong in score(model, prompts, keys, batcher):
-                    hits.append(right.greedy)
-                    ranks.append(1 + sum(w.likelihood > right.likelihood for w in wrong))
+                    prompts.append(needle_prompt(hay, tokenizer, length, depth, longest_answer(),
+                                                 rng, kind))
+                    wrong.append(draw_wrong_keys(prompts[-1][1], distractors, rng))
+                if kind == "multivalue":
+                    hits, ranks = write_values(model, prompts, tokenizer, batcher), []
+                else:
+                    hits, ranks = ask(model, prompts, wrong, kind, tokenizer, batcher)
+                    seed_rank.append(np.mean(ranks))
                 seed_accuracy.append(np.mean(hits))
-                seed_rank.append(np.mean(ranks))
                 progress.step()
-            cells.append({
-                "length": length, "depth": depth,
-                "accuracy": float(np.mean(seed_accuracy)),
-                "accuracy_std": float(np.std(seed_accuracy)),
-                "rank": float(np.mean(seed_rank)), "rank_std": float(np.std(seed_rank))})
+            cell = {"kind": kind, "length": length, "depth": depth,
+                    "accuracy": float(np.mean(seed_accuracy)),
+                    "accuracy_std": float(np.std(seed_accuracy))}
+            if seed_rank:
+                cell |= {"rank": float(np.mean(seed_rank)), "rank_std": float(np.std(seed_rank))}
+            cells.append(cell)
     return cells
 
 
+# --------------------------------------------------------------------------------------------------
+# The table
+
+def shade(share):
+    """A share (0 to 1) as two characters, the darker the larger."""
+    scale = " ░▒▓█"
+    try:
+        scale.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        scale = " .:*#"
+    return 2 * scale[round(4 * share)]
+
+
 def show(result):
+    """A heat map of each kind: a row per depth, a column per length."""
     cells = result["cells"]
     if cells:
-        depths = sorted({c["depth"] for c in cells})
-        say("\nneedle: exact match of the generated key, mean ± std over seeds "
-            "(rank of the right key)\n"
-            "  length  " + "".join(f"{f'depth {d:.2f}':>22}" for d in depths))
-        for length in sorted({c["length"] for c in cells}):
-            row = [f"{c['accuracy']:9.2f} ± {c['accuracy_std']:.2f} ({c['rank']:.1f})"
-                   for c in cells if c["length"] == length]
-            say(f"{length:8}  " + "".join(text.rjust(22) for text in row))
-    for length, reason in result["skipped"].items():
-        say(f"\nneedle at {length} tokens skipped: {reason}")
+        say(f"\nneedles in {result['haystack']}: share of the keys that are written,\n"
+            "mean ± std over seeds (rank of the right key)")
+    for kind in dict.fromkeys(c["kind"] for c in cells):
+        grid = {(c["depth"], c["length"]): c for c in cells if c["kind"] == kind}
+        depths = sorted({depth for depth, _ in grid})
+        lengths = sorted({length for _, length in grid})
+        say(f"\n  {kind}, depth" + "".join(f"{f'{n} tokens':>24}" for n in lengths))
+        for depth in depths:
+            row = f"  {depth:{len(kind) + 7}.2f}"
+            for c in (grid[depth, length] for length in lengths):
+                rank = f" ({c['rank']:.1f})" if "rank" in c else ""
+                text = f"{shade(c['accuracy'])} {c['accuracy']:.2f} ± {c['accuracy_std']:.2f}"
+                row += (text + rank).rjust(24)
+            say(row)
+    for what, reason in result["skipped"].items():
+        say(f"\nneedle, {what}, skipped: {reason}")
 
 
 def summary(result):
-    cells = result["cells"]
-    if not cells:
-        return {}
-    longest = max(c["length"] for c in cells)
-    accuracy = [c["accuracy"] for c in cells if c["length"] == longest]
-    return {f"needle_accuracy_at_{longest}": float(np.mean(accuracy))}
+    """Accuracy at the longest length, per kind."""
+    found = {}
+    for kind in dict.fromkeys(c["kind"] for c in result["cells"]):
+        cells = [c for c in result["cells"] if c["kind"] == kind]
+        longest = max(c["length"] for c in cells)
+        name = "needle" if kind == "single" else f"needle_{kind}"
+        found[f"{name}_accuracy_at_{longest}"] = float(np.mean(
+            [c["accuracy"] for c in cells if c["length"] == longest]))
+    return found

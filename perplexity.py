@@ -11,7 +11,7 @@ import torch
 from attention import document_starts
 from configurator import UserError, say
 from scoring import Progress, to_ids, token_scores
-from texts import kind_of_text, text_names
+from texts import kind_of_text
 
 SETTINGS = "data lengths max_tokens stride"
 
@@ -21,7 +21,7 @@ def check(cfg, subject):
     shortest = min(context_lengths(subject))
     if cfg.stride > shortest:
         raise UserError(f"stride {cfg.stride} must lie in the context, 1 to {shortest}")
-    for name in names(cfg, subject):
+    for name in subject.text_names():
         if kind_of_text(name) != "preset":
             text(cfg, subject, name)
 
@@ -30,13 +30,9 @@ def context_lengths(subject):
     return subject.lengths() or [subject.T]
 
 
-def names(cfg, subject):
-    return text_names(cfg.data) or [subject.data.path]
-
-
 def text(cfg, subject, name):
     """The ids of a text, max_tokens of them at most. Raises UserError."""
-    ids = subject.text(name)[:cfg.max_tokens or None]
+    ids = subject.text(name, cfg.max_tokens)
     if len(ids) < 2:
         raise UserError(f"{name} and max_tokens {cfg.max_tokens} leave nothing to predict")
     return ids
@@ -45,7 +41,7 @@ def text(cfg, subject, name):
 def measure(cfg, subject):
     rows = []
     skipped = {}
-    for name in names(cfg, subject):
+    for name in subject.text_names():
         try:
             ids = text(cfg, subject, name)
         except UserError as e:  # no network, for example

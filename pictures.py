@@ -1,6 +1,6 @@
 """
-The pictures: curves.png, which a training run draws; eval.png, perplexity.png, attention.png,
-selection.png and compare.png, which eval.py draws. They need matplotlib (requirements-extra.txt).
+The pictures: curves.png, which a training run draws, and those of eval.py. They need matplotlib
+(requirements-extra.txt).
 
     save_picture("out/selection.png", draw_selection, layers, place)
 """
@@ -44,25 +44,44 @@ def curve(records, name):
 
 def draw_results(plt, cells, records, warmup_end):
     """
-    Heat map of the needle grid, and training curves. records: those of the run's log.jsonl.
-    warmup_end: the step at which its index warm-up ended, 0 = it had none.
+    Heat maps of the needle grid, one per kind, and training curves. records: those of the run's
+    log.jsonl. warmup_end: the step at which its index warm-up ended, 0 = it had none.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    if cells:  # one row per depth, one column per length
-        lengths = sorted({c["length"] for c in cells})
-        depths = sorted({c["depth"] for c in cells})
-        accuracy = {(c["depth"], c["length"]): c["accuracy"] for c in cells}
-        grid = np.array([[accuracy[d, n] for n in lengths] for d in depths])
-        image = left.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        figure.colorbar(image, label="exact match")
-        for (i, j), value in np.ndenumerate(grid):
-            left.text(j, i, f"{value:.2f}", ha="center", va="center")
-        left.set(xlabel="context length (tokens)", ylabel="depth of the needle",
-                 title="needle retrieval")
-        left.set_xticks(range(len(lengths)), lengths)
-        left.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
-    draw_curves(right, records, warmup_end)
+    kinds = list(dict.fromkeys(c["kind"] for c in cells)) or [""]
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(5.5 * (len(kinds) + 1), 4),
+                                layout="constrained")
+    for panel, kind in zip(axes, kinds if cells else []):
+        shares = {(c["depth"], c["length"]): c["accuracy"] for c in cells if c["kind"] == kind}
+        draw_heat_map(figure, panel, shares, 1, "share of the keys")
+        panel.set(xlabel="context length (tokens)", ylabel="depth of the needle",
+                  title=f"needle retrieval, {kind}")
+    draw_curves(axes[-1], records, warmup_end)
     return figure
+
+
+def draw_ruler(plt, cells):
+    """Heat map of RULER's tasks and lengths; white where a task did not fit. See all_cells."""
+    scores = {(task, c["length"]): np.mean(c.get("scores", np.nan)) for task, c in cells}
+    rows = len({task for task, _ in scores})
+    figure, axes = plt.subplots(figsize=(7, 1.5 + 0.35 * rows), layout="constrained")
+    draw_heat_map(figure, axes, scores, 100, "score")
+    axes.set(xlabel="context length (tokens)", title="RULER")
+    return figure
+
+
+def draw_heat_map(figure, axes, values, most, label):
+    """values: {(row, column): number from 0 to `most`, NaN for none}. Columns are sorted."""
+    rows = list(dict.fromkeys(row for row, _ in values))
+    columns = sorted({column for _, column in values})
+    grid = np.array([[values[row, column] for column in columns] for row in rows])
+    image = axes.imshow(grid, vmin=0, vmax=most, cmap="RdYlGn", aspect="auto")
+    figure.colorbar(image, label=label)
+    for (i, j), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center")
+    axes.set_xticks(range(len(columns)), columns)
+    names = [row if isinstance(row, str) else f"{row:.2f}" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
 
 
 def draw_training(plt, records, warmup_end):

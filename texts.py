@@ -8,11 +8,13 @@ The texts that eval.py measures on. --data names them, separated by commas; each
 The last two are encoded on the spot with the checkpoint's tokenizer, as prepare.py would.
 """
 import difflib
+import hashlib
 import os
 
 import numpy as np
 
-from configurator import UserError, say
+from configurator import UserError, say, to_json
+from data import identity, read_meta
 
 HUB_TOKENS = 1_000_000  # read of a preset unless --max_tokens says otherwise
 
@@ -37,6 +39,24 @@ def kind_of_text(name):
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"data {name!r} is no prepared folder, no preset (python prepare.py --list) "
                     f"and no .txt, .jsonl or .parquet file{hint}")
+
+
+def meta_checksum(meta):
+    """The same for data of the same tokens, wherever it lies. meta: that of a prepared folder."""
+    return hashlib.sha256(to_json(identity(meta), sort_keys=True).encode()).hexdigest()
+
+
+def identify(name):
+    """What tells a text from another one of this name, for eval.json."""
+    kind = kind_of_text(name)
+    if kind == "folder":
+        meta = read_meta(name)
+        return meta and meta_checksum(meta)
+    if kind == "files":
+        from sources import local_files
+        paths = local_files(name)
+        return {"files": len(paths), "bytes": sum(map(os.path.getsize, paths))}
+    return name
 
 
 def open_text(name, tokenizer, instead, source=""):

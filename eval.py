@@ -12,7 +12,6 @@ into out_dir:
     eval.png       needle retrieval, and the curves of the training
     selection.png  where full attention would look and what the indexer selects, for one needle
 """
-import difflib
 import functools
 import json
 import os
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+import harness
 import inspection
 import needle
 import perplexity
@@ -39,6 +39,7 @@ from tokenizer import open_tokenizer
 #   measure(cfg, subject)  -> its result, a dict for eval.json; raises UserError to be skipped
 #   show(result)           prints it
 #   summary(result)        -> the few numbers to compare runs by, {name: number}
+# Other names are tasks of lm-eval: harness.Task has the same five
 PARTS = {
     "perplexity": perplexity,
     "needle": needle,
@@ -50,7 +51,8 @@ EVERY_PART = "checkpoint block_size rope_scaling dtype backend"  # settings that
 @dataclass
 class EvalConfig:
     out_dir: str = "out"  # folder of the checkpoint; results go there too
-    # what to measure, separated by commas: perplexity, needle, attention. Perplexity always is
+    # what to measure, separated by commas: perplexity, needle, attention, tasks of lm-eval (mmlu,
+    # gsm8k, infinitebench …). Perplexity always is
     tasks: str = "needle,attention"
     again: bool = False  # measure anew also what eval.json holds already
     data: str = ""  # default: the data it was trained on
@@ -74,6 +76,12 @@ class EvalConfig:
     samples: int = 10  # needles per length, depth and seed
     distractors: int = 9  # wrong keys that the right key is ranked among
 
+    # tasks of lm-eval
+    task_dir: str = ""  # folder with tasks of your own, YAML and jsonl: see harness.py
+    num_fewshot: int = -1  # examples in a prompt; -1 = as the task says
+    limit: int = 0  # rows of each task; 0 = all
+    run_generated_code: bool = False  # let humaneval run what the model writes, in a sandbox
+
     # pictures
     plot: bool = True
     compare: str = ""  # out_dir of another run, whose training curves are drawn beside
@@ -87,7 +95,8 @@ class EvalConfig:
     def __post_init__(self):
         check_dtype(self.dtype)
         check_ranges(self, {(1, None): "depths seeds samples distractors",
-                            (0, None): "max_tokens stride block_size batch_size"})
+                            (0, None): "max_tokens stride block_size batch_size limit",
+                            (-1, None): "num_fewshot"})
 
 
 class Subject:
@@ -148,14 +157,9 @@ class Subject:
 
 
 def asked_for(tasks):
-    """ "needle,attention" -> the names of the parts to measure, perplexity first."""
+    """ "needle,mmlu" -> {name: part} of what to measure, perplexity first."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name in names:
-        if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, 3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PARTS)}"
-            raise UserError(f"unknown task {name!r}: {hint}")
-    return list(dict.fromkeys(["perplexity", *names]))
+    return {name: PARTS.get(name) or harness.Task(name, PARTS) for name in ["perplexity", *names]}
 
 
 class Results:
@@ -213,9 +217,8 @@ def evaluate(cfg):
     Measure cfg.out_dir's checkpoint. Returns eval.json's content; it is written after each part.
     """
     # 1. what can be refused is refused before anything is measured
-    names = asked_for(cfg.tasks)
+    parts = asked_for(cfg.tasks)
     subject = Subject(cfg)
-    parts = {name: PARTS[name] for name in names}
     for part in parts.values():
         part.check(cfg, subject)
     logs = training_logs(cfg)

@@ -4,13 +4,13 @@ Running programs that a model has written, apart from everything else (Linux onl
     passes("assert 1 + 1 == 2")   # -> True: the program ran to its end
 
 Each program is a process of its own, in namespaces of its own:
-    network   one without any interface, not even to this machine
-    files     it sees the Python installation and the system's libraries, read-only, and an empty
-              folder in memory, of 16 MB, which is gone afterwards. No home folder, no /proc, no /dev
-    processes it sees no other one. All that it has started end with it
-    limits    wall time, CPU time, memory, size and number of files, number of processes
-    user      without rights; "nobody" where the evaluation runs as root
-    input     an empty environment, no arguments; what it prints is thrown away
+    files      it sees the Python installation and the system's libraries, read-only, and an empty
+               folder in memory, of 16 MB, which is gone afterwards. No home, no /proc, no /dev
+    network    one without any interface, not even to this machine
+    processes  it sees no other one. All that it has started end with it
+    limits     wall time, CPU time, memory, size and number of files, number of processes
+    user       without rights; "nobody" where the evaluation runs as root
+    input      an empty environment, no arguments; what it prints is thrown away
 Where the machine does not allow this, check() refuses; nothing ever runs unprotected.
 
 It does not protect against faults of the Linux kernel, whose system calls are all open to the
@@ -110,7 +110,8 @@ def pass_at_1(doc, answers):
 # Inside: the first process of a sandbox. It sets the walls up, and watches over the program
 
 # from Linux's sched.h, mount.h and prctl.h
-NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000  # mounts, IPC, processes, network
+# mounts, IPC, processes, network
+NEW_NAMESPACES = 0x00020000 | 0x08000000 | 0x20000000 | 0x40000000
 NEW_USER = 0x10000000
 MS_BIND, MS_REC, MS_PRIVATE, MS_NOSUID, MS_NODEV = 4096, 16384, 1 << 18, 2, 4
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000

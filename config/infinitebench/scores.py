@@ -11,8 +11,9 @@ import string
 from collections import Counter
 
 # Chinese punctuation, as published there
-CHINESE = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗"
-           "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")
+CHINESE = ("！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠"
+           "［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】"
+           "〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏.")
 RETRIEVAL = "\n:\"'.,?!{}"  # characters that separate words
 
 
@@ -28,7 +29,7 @@ def words(text, separators):
 
 
 def after(text, prefixes):
-    """What stands one character behind the first of the prefixes that the text has; None without."""
+    """What stands one character behind the first prefix that the text has; None without one."""
     for prefix in prefixes:
         _, found, rest = text.partition(prefix)
         if found:
@@ -71,9 +72,8 @@ def number(answer, row):
 @scored
 def last_number(answer, row):
     """code_run: the last word is the value that the function returns."""
-    found = words(answer, "\n.`'\":")
-    return bool(found) and re.fullmatch(r"[+-]?\d+", found[-1]) is not None \
-        and int(found[-1]) == int(row["answer"][0])
+    *_, last = words(answer, "\n.`'\":") or [""]
+    return re.fullmatch(r"[+-]?\d+", last) is not None and int(last) == int(row["answer"][0])
 
 
 @scored
@@ -120,7 +120,7 @@ def option(answer, row):
 
 @scored
 def f1(answer, row):
-    """longbook_qa_eng: F1 of the words, without case, punctuation and articles; the best truth's."""
+    """longbook_qa_eng: F1 of the words without case, punctuation, articles; the best truth's."""
     def normal(text):
         text = text.lower().translate(str.maketrans("", "", string.punctuation))
         return re.sub(r"\b(a|an|the)\b", " ", text).split()

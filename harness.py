@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import random
+import re
 
 import numpy as np
 
@@ -40,8 +41,7 @@ class Task:
         self.parts = parts
 
     def check(self, cfg, subject):
-        """Refuse what is no task or may not run. Raises UserError."""
-        # 1. the name
+        """Refuse a name that is no task's. Raises UserError."""
         if cfg.task_dir and not os.path.isdir(cfg.task_dir):
             raise UserError(f"task_dir {cfg.task_dir!r} is not a folder")
         need_lm_eval(self.name, self.parts)
@@ -50,33 +50,24 @@ class Task:
             near = difflib.get_close_matches(self.name, [*self.parts, *manager.all_tasks], 3)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them"
             raise UserError(f"unknown task {self.name!r}: {hint}")
-        # 2. whether it runs code
-        entry = manager.task_index[self.name]
-        if not (entry.cfg or {}).get("unsafe_code"):
-            return
-        if not is_ours(entry, cfg.task_dir):
-            raise UserError(f"{self.name} would run generated code unprotected: only humaneval "
-                            "and tasks of --task_dir that use sandbox.pass_at_1 can be measured")
-        if not cfg.run_generated_code:
-            raise UserError(f"{self.name} runs code that the model writes: allow it with "
-                            "--run_generated_code (sandbox.py says how it is kept apart)")
-        sandbox.check()
 
     def measure(self, cfg, subject):
         """
         Returns metrics, {task: {metric: {value, stderr}}}; rows and num_fewshot, {task: number};
-        shown, the tasks to print; and what Adapter counts. Raises UserError without the rows.
+        shown, the tasks to print; and what Adapter counts. Raises UserError where there are no
+        rows, and for code that may not run.
         """
         from lm_eval.evaluator import evaluate
         manager = find_tasks(self.name, cfg.task_dir)
         entry = manager.task_index[self.name]
         ours = is_ours(entry, cfg.task_dir)
-        may_run_code = ours and cfg.run_generated_code
         # 1. the rows of the task
+        if (entry.cfg or {}).get("unsafe_code"):  # before its rows are fetched
+            check_code(self.name, ours, cfg.run_generated_code)
         loaded = load(self.name, manager, ours)
         for task in loaded["tasks"].values():
-            if getattr(task, "UNSAFE_CODE", False) and not may_run_code:
-                raise UserError(f"{task.task_name} would run generated code unprotected")
+            if getattr(task, "UNSAFE_CODE", False):
+                check_code(task.task_name, ours, cfg.run_generated_code)
             if getattr(task, "MULTIMODAL", False):
                 raise UserError(f"{task.task_name} shows pictures, which this model cannot read")
             examples = task.get_config("num_fewshot")
@@ -88,7 +79,7 @@ class Task:
         adapter = Adapter(subject, self.name)
         found = evaluate(lm=for_lm_eval(adapter), task_dict=loaded, limit=cfg.limit or None,
                          bootstrap_iters=BOOTSTRAPS, log_samples=False,
-                         confirm_run_unsafe_code=may_run_code)
+                         confirm_run_unsafe_code=ours and cfg.run_generated_code)
         # 3. the result
         metrics = {name: read_metrics(row) for name, row in found["results"].items()}
         shown = [name for name, row in metrics.items() if row]
@@ -165,6 +156,17 @@ def is_ours(entry, task_dir):
     return any(path.startswith(folder + os.sep) for folder in folders)
 
 
+def check_code(name, ours, allowed):
+    """Raise UserError where a task's score may not run the code that the model writes."""
+    if not ours:
+        raise UserError(f"{name} would run generated code unprotected: only humaneval and tasks "
+                        "of --task_dir that use sandbox.pass_at_1 can be measured")
+    if not allowed:
+        raise UserError(f"{name} runs code that the model writes: allow it with "
+                        "--run_generated_code (sandbox.py says how it is kept apart)")
+    sandbox.check()
+
+
 def load(name, manager, ours):
     """What manager.load returns. Paths in a task of ours begin in the folder of its YAML file."""
     entry = manager.task_index[name]
@@ -176,7 +178,7 @@ def load(name, manager, ours):
             os.chdir(os.path.dirname(entry.yaml_path))
         loaded = manager.load([name])
     except Exception as e:  # of any type: datasets, or a file of the task itself, raised it
-        raise UserError(cannot_load(name, entry, e)) from None
+        raise UserError(cannot_load(name, e)) from None
     finally:
         os.chdir(before)
     if ours:
@@ -185,13 +187,12 @@ def load(name, manager, ours):
     return loaded
 
 
-def cannot_load(name, entry, error):
+def cannot_load(name, error):
     """One line: why a task's rows cannot be had, and what to do."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    config = entry.cfg or {}
-    if isinstance(error, ConnectionError) or "the Hub" in reason:
-        source = config.get("dataset_path", "its dataset")
-        return (f"{name} needs {source} from the hub, which cannot be reached: run it once with "
+    away = re.search("'([^']+)' on the Hub", reason)  # datasets' words
+    if away:
+        return (f"{name} needs {away[1]} from the hub, which cannot be reached: run it once with "
                 "network, which fills datasets' cache (HF_HOME), or copy its YAML into --task_dir "
                 "with dataset_path: json and dataset_kwargs: {data_files: {test: FILE.jsonl}}")
     return f"{name} cannot be loaded: {reason}"

@@ -366,8 +366,7 @@ def test_code_is_not_run_unprotected(llama, tmp_path):
         task = harness.Task(name, evaluation.PARTS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(harness, "find_tasks", lambda *_: manager)
-            leave = settings(run_generated_code=True)
-            refused(lambda: (task.check(leave, None), task.measure(leave, llama[0])),
+            refused(lambda: task.measure(settings(run_generated_code=True), llama[0]),
                     "mbpp would run generated code unprotected")
 
 

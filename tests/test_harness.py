@@ -439,6 +439,7 @@ EXAMPLES = [  # rule, the row's answers, what the model writes, score by the pub
     ("option", ["B"], "sum_up", 0),  # the published rule wants "is:" before a name
     # 2 of 3 words are right, 2 of 2 found: 2 · 2 / (3 + 2)
     ("f1", ["no one", '"Peyton Bronwyn"'], "The Peyton, Bronwyn child", 0.8),
+    ("f1", ["ha ha ha"], "ha ha", 0.8),  # 2 · 2 / (2 + 3)
     ("f1", ["Peyton"], "nobody", 0),
     ("f1_chinese", ["北京"], "北京市。", 0.8),
     ("rouge", ["one two\nthree"], "one two\nthree", 1),
@@ -472,3 +473,6 @@ def test_all_infinitebench_tasks_run_on_local_rows(llama, monkeypatch):
     mean = found["metrics"]["infinitebench"]["score"]["value"]
     assert mean == pytest.approx(np.mean(tasks))
     assert harness.Task("infinitebench", []).summary(found) == {"infinitebench_score": mean}
+    assert len(found["shown"]) == 13
+    monkeypatch.setattr(harness, "ROWS_SHOWN", 12)
+    assert measure("infinitebench", llama[0])["shown"] == ["infinitebench"]

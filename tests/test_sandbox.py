@@ -1,6 +1,9 @@
 """sandbox.py: what a generated program can do, and what it cannot. Every probe is bounded."""
+import functools
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,8 +13,19 @@ import pytest
 import sandbox
 from configurator import UserError
 
-SET_UP = sandbox.run("", 10)
-needs_sandbox = pytest.mark.skipif(not SET_UP[0], reason=f"no sandbox here: {SET_UP[1]}")
+PATIENCE = 20  # seconds for what ends at once; a busy machine may be slow
+
+
+def machine_allows_it():
+    """Asked of util-linux, so that a fault of ours is not taken for the machine's."""
+    unshare = shutil.which("unshare")
+    user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    namespaces = ["--mount", "--net", "--ipc", "--pid", "--fork"]
+    command = [unshare, *user, *namespaces, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return unshare is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+needs_sandbox = pytest.mark.skipif(not machine_allows_it(), reason="no namespaces here")
 
 # Each is a program that ends well only if the wall stands
 WALLS = {
@@ -26,7 +40,7 @@ WALLS = {
         open("note", "w").write("x")
         """,
     "the system's files cannot be written": """
-        import os, sys
+        import os
         for folder in ("/usr", "/usr/lib", "/lib", os.path.dirname(os.__file__)):
             try:
                 open(folder + "/made_by_a_test", "w")
@@ -118,7 +132,7 @@ def test_wall(name):
                      "PREFIX": [sys.base_prefix.split("/")[1]]}
         lines = "\n".join(line[8:] for line in WALLS[name].splitlines())
         source = "\n".join(f"{key} = {value!r}" for key, value in constants.items()) + lines
-        assert sandbox.passes(source, 8)
+        assert sandbox.passes(source, PATIENCE)
 
 
 @needs_sandbox
@@ -128,8 +142,9 @@ def test_only_a_program_that_reaches_its_end_passes():
     failing = ["assert 1 + 1 == 3", "exit()", "import os\nos._exit(0)", "this is no code",
                "'''never closed", "input()", "import numpy", "raise SystemExit(0)",
                "import os\nos.closerange(3, 64)", "import os\nos.kill(os.getpid(), 11)\n1 / 0"]
-    assert [sandbox.passes(program) for program in passing] == [True] * len(passing)
-    assert [sandbox.passes(program) for program in failing] == [False] * len(failing)
+    for programs, expected in ((passing, True), (failing, False)):
+        for program in programs:
+            assert sandbox.passes(program, PATIENCE) == expected, program
 
 
 @needs_sandbox
@@ -140,7 +155,7 @@ def test_a_program_without_an_end_is_ended_and_so_is_what_it_started(end):
     program = f"import ctypes, os, time\nctypes.CDLL(None).prctl(15, b'{name}')\n{end}"
     began = time.time()
     assert not sandbox.passes(program, 1)
-    assert 1 <= time.time() - began < 5
+    assert 1 <= time.time() - began < 30
     running = [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm")]
     assert name not in running and Path("/proc/self/comm").read_text().strip() in running
 
@@ -149,7 +164,7 @@ def test_a_program_without_an_end_is_ended_and_so_is_what_it_started(end):
 def test_nothing_is_left_on_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     mounts = Path("/proc/mounts").read_text()
-    assert sandbox.passes("open('file', 'w').write('x')")
+    assert sandbox.passes("open('file', 'w').write('x')", PATIENCE)
     assert list(tmp_path.iterdir()) == []
     assert Path("/proc/mounts").read_text() == mounts
 
@@ -170,7 +185,8 @@ def test_without_walls_nothing_runs(monkeypatch, tmp_path):
 
 
 @needs_sandbox
-def test_pass_at_1_puts_prompt_answer_and_test_together():
+def test_pass_at_1_puts_prompt_answer_and_test_together(monkeypatch):
+    monkeypatch.setattr(sandbox, "passes", functools.partial(sandbox.passes, seconds=PATIENCE))
     row = {"prompt": "def double(x):\n", "entry_point": "double",
            "test": "def check(f):\n    assert f(2) == 4\n    assert f(0) == 0\n"}
     assert sandbox.pass_at_1(row, ["    return 2 * x\n"]) == {"pass@1": 1.0}

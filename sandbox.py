@@ -24,7 +24,6 @@ file is the first process of a sandbox.
 import contextlib
 import ctypes
 import os
-import resource
 import secrets
 import signal
 import subprocess
@@ -161,6 +160,7 @@ def build(libc, root, prefix):
 
 def limit(libc, root, seconds):
     """Lock this process in root, without rights and within the limits."""
+    import resource  # POSIX only
     call(libc.prctl, PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive its watcher
     os.chroot(root)  # whose users cannot make namespaces in which they have rights
     os.chdir("/tmp")

@@ -180,8 +180,10 @@ def first(root, seconds, python, prefix):
     separate(libc)
     build(libc, root, prefix)
     nothing = os.open(os.devnull, os.O_WRONLY)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # kept until it is waited for
     program = os.fork()  # the first process of the new namespace: with it, all others there end
     if program == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         try:
             limit(libc, root, seconds)
             errors = os.dup(2)  # closed by the new program
@@ -193,8 +195,8 @@ def first(root, seconds, python, prefix):
         except OSError as e:
             os.write(2, str(e).encode())
         os._exit(1)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(program, signal.SIGKILL))
-    signal.alarm(seconds)
+    signal.sigtimedwait({signal.SIGCHLD}, seconds)  # its end, or that of its time
+    os.kill(program, signal.SIGKILL)  # also of one that has ended, whose number is not yet free
     os.waitpid(program, 0)
 
 

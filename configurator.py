@@ -187,6 +187,11 @@ def groups(cls):
     return found
 
 
+def listed(text):
+    """The items of a setting that is a list in one text: "a, b" -> ["a", "b"]."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def flags(argv):
     """The names of the settings that are given as --flags, not by a config file."""
     return {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}

@@ -30,7 +30,7 @@ import pictures
 import ruler
 import stability
 from compare import compare
-from configurator import UserError, check_ranges, parse, run, say
+from configurator import UserError, check_ranges, listed, parse, run, say
 from device import check_dtype, precision
 from outdir import read_log
 from pictures import save_picture
@@ -129,9 +129,8 @@ class EvalConfig:
 def asked_for(tasks):
     """ "needle,ruler,mmlu" -> {name: part} of what to measure, perplexity first."""
     names = ["perplexity"]
-    for name in (tasks or DEFAULT).split(","):
-        name = name.strip()
-        names += ruler.TASKS if name == "ruler" else [name] if name else []
+    for name in listed(tasks or DEFAULT):
+        names += ruler.TASKS if name == "ruler" else [name]
     return {name: find_part(name) for name in names}
 
 
@@ -144,7 +143,7 @@ def check(parts, cfg, subject):
         try:
             part.check(cfg, subject)
         except UserError:
-            if name != "perplexity" or not cfg.tasks or "perplexity" in cfg.tasks:
+            if name in listed(cfg.tasks) or name != "perplexity" or not cfg.tasks:
                 raise
 
 
@@ -177,11 +176,12 @@ def evaluate(cfg):
                 part.show(result)
         ruler.show_averages(results.content["results"])
         # 2. summary and pictures
-        say("\nsummary  " + "   ".join(f"{name.replace('_', ' ')} {value:.3f}"
-                                       for name, value in results.content["summary"].items()))
+        say("\nsummary")
+        for name, value in results.content["summary"].items():
+            say(f"  {name.replace('_', ' '):48}{value:10.5g}")
         if cfg.plot:
             draw(cfg, subject, results.content["results"])
-    missed = [name for name in skipped if name in cfg.tasks]
+    missed = [name for name in skipped if name in listed(cfg.tasks)]
     if missed:
         raise UserError(f"not measured, for the reasons above: {', '.join(missed)}")
     return results.content

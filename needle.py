@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 
-from configurator import UserError, say
+from configurator import UserError, listed, say
 from data import passkey_line, random_passkey
 from scoring import Progress, answer, score
 from texts import identify
@@ -41,7 +41,7 @@ def check(cfg, subject):
 
 def kinds_of(cfg):
     """cfg.needles as a list of kinds. Raises UserError."""
-    kinds = [kind.strip() for kind in cfg.needles.split(",") if kind.strip()]
+    kinds = listed(cfg.needles)
     for kind in kinds:
         if kind not in KINDS:
             near = difflib.get_close_matches(kind, KINDS, 1)

@@ -11,7 +11,7 @@ import numpy as np
 
 import texts
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
-from configurator import UserError
+from configurator import UserError, listed
 from data import Data, check_ids
 from device import use_device
 from scoring import Batcher
@@ -45,7 +45,7 @@ class Subject:
 
     def text_names(self):
         """What cfg.data names, see texts.py; by default what the model was trained on."""
-        return texts.text_names(self.cfg.data) or [find_data(self.checkpoint)]
+        return listed(self.cfg.data) or [find_data(self.checkpoint)]
 
     @functools.cached_property
     def data(self):
@@ -78,7 +78,7 @@ class Subject:
     def lengths(self):
         """cfg.lengths as a list of numbers of tokens; [] where it is not given."""
         try:
-            lengths = sorted({int(n) for n in self.cfg.lengths.split(",") if n})
+            lengths = sorted({int(n) for n in listed(self.cfg.lengths)})
         except ValueError:
             raise UserError(f"lengths {self.cfg.lengths!r} is not a list like 256,512") from None
         if lengths and (max(lengths) > self.T or min(lengths) < 1):

@@ -19,11 +19,6 @@ from data import identity, read_meta
 HUB_TOKENS = 1_000_000  # read of a preset unless --max_tokens says otherwise
 
 
-def text_names(data):
-    """ "data/demo, c4" -> ["data/demo", "c4"]"""
-    return [name.strip() for name in data.split(",") if name.strip()]
-
-
 def kind_of_text(name):
     """What a name of a text means: "folder", "preset" or "files". Raises UserError."""
     if os.path.isdir(name):

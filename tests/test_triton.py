@@ -60,7 +60,7 @@ SHAPES = [
     (33, dict(G=1, R=4, d=128, docs=0.1)),
     (50, dict(B=3, R=3, di=24, docs=0.1, activation="relu")),
     (100, dict(Hi=1, docs=0.02)),
-    (257, dict(G=1, docs=0.01)),
+    (145, dict(G=1, docs=0.01)),
 ]
 
 
@@ -78,7 +78,7 @@ def small_steps(monkeypatch):
         def small(name, *args):
             found = options(name, *args)
             if name in ("select", "variance"):
-                found["BS"] = 64 if T < 200 else 128
+                found["BS"] = 64 if T < 140 else 128
             return found
 
         monkeypatch.setattr(kernels, "SCORES_BYTES", 4 * T * 16 * B)

@@ -100,7 +100,7 @@ class Sources:
 
     def questions(self, name):
         """(questions, documents) of "squad" or "hotpotqa"."""
-        return READERS[name](getattr(self.cfg, name))
+        return read_questions(name, getattr(self.cfg, name))
 
 
 class Question(NamedTuple):
@@ -125,6 +125,17 @@ def read_json(path, shape, what):
 
 
 @functools.cache
+def read_questions(name, path):
+    """
+    (questions, documents) of "squad" or "hotpotqa". In the file, neighbours ask about one
+    paragraph; here they come in a random order, the same in every evaluation.
+    """
+    read = {"squad": read_squad, "hotpotqa": read_hotpotqa}
+    questions, documents = read[name](path)
+    random.Random(0).shuffle(questions)
+    return questions, documents
+
+
 def read_squad(path):
     """SQuAD 2.0's dev-v2.0.json -> (questions that have an answer, documents)."""
     paragraph = {"context": str, "qas": [{"question": str, "answers": [{"text": str}]}]}
@@ -142,7 +153,6 @@ def read_squad(path):
     return questions, documents
 
 
-@functools.cache
 def read_hotpotqa(path):
     """HotpotQA's hotpot_dev_distractor_v1.json -> (questions, documents)."""
     shape = [{"question": str, "answer": str, "context": [[None]]}]
@@ -158,9 +168,6 @@ def read_hotpotqa(path):
     questions = [Question(item["question"], [item["answer"]], [number[text] for text in own], [])
                  for item, own in zip(data, texts)]
     return questions, documents
-
-
-READERS = {"squad": read_squad, "hotpotqa": read_hotpotqa}
 
 
 # --------------------------------------------------------------------------------------------------

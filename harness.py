@@ -217,7 +217,9 @@ def one_line(error):
 
 def cannot_load(name, error):
     """One line: why a task's rows cannot be had, and what to do."""
-    reason = one_line(error.__cause__ or error)  # datasets says why in the cause
+    if type(error).__name__ == "DatasetGenerationError":  # it says why in its cause
+        error = error.__cause__ or error
+    reason = one_line(error)
     away = re.search("'([^']+)' on the Hub", reason)  # datasets' words
     if away:
         return (f"{name} needs {away[1]} from the hub, which cannot be reached: run it once with "

@@ -399,7 +399,7 @@ def test_without_network_one_line_says_what_to_do(llama, monkeypatch):
     import datasets
 
     def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach 'MaxJeblick/InfiniteBench' on the Hub")
+        raise ConnectionError("Couldn't reach 'MaxJeblick/InfiniteBench' on the Hub") from OSError()
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     refused(lambda: measure("infinitebench_passkey", llama[0]),
             "infinitebench_passkey needs MaxJeblick/InfiniteBench .*cannot be reached.*data_files")
@@ -412,6 +412,9 @@ def test_a_file_that_is_not_there_is_one_line(llama, tmp_path):
     (tmp_path / "choice.jsonl").touch()
     refused(lambda: measure("passkey_choice", llama[0], task_dir=str(tmp_path)),
             "passkey_choice cannot be loaded: there are no rows")
+    (tmp_path / "choice.jsonl").write_text('{"text": "a\n')
+    refused(lambda: measure("passkey_choice", llama[0], task_dir=str(tmp_path)),
+            "passkey_choice cannot be loaded: JSON parse error")
 
 
 def test_what_a_task_itself_raises_is_one_line_and_what_our_model_raises_is_not(

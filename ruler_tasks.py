@@ -3,7 +3,7 @@ The 13 tasks of RULER (arXiv 2404.06654): templates, numbers of needles, hops an
 published in github.com/NVIDIA/RULER, scripts/data/synthetic and scripts/synthetic.yaml. ruler.py
 fills a length with them and scores the answers.
 
-    text, answers = TASKS["vt"].prompt(n=20, rng=random.Random(0), sources, length=4096, i=0)
+    text, answers = TASKS["vt"].prompt(20, random.Random(0), sources, length=4096, i=0)
 
 DEVIATIONS: names and values are never equal by chance; vt's example has at least 6 lines of noise,
 whatever tokens they take; sentences end at ". ", "! " or "? ", not where nltk says.
@@ -61,7 +61,7 @@ QA = (
 # What prompts are made of
 
 class Sources:
-    """The texts, words and questions that the tasks draw on; each is read when first asked for."""
+    """The texts and words that the tasks draw on; each is read when first asked for."""
 
     def __init__(self, cfg, subject, longest):
         self.cfg = cfg
@@ -97,10 +97,6 @@ class Sources:
             if len(self.subject.tokenizer.encode(f"{text} {names}")) + TASKS["vt"].tokens <= 500:
                 lines = n
         return lines
-
-    def questions(self, name):
-        """(questions, documents) of "squad" or "hotpotqa"."""
-        return read_questions(name, getattr(self.cfg, name))
 
 
 class Question(NamedTuple):
@@ -312,7 +308,7 @@ def frequent_words(n, rng, sources, length, i):
 
 def question_answering(n, rng, sources, length, i, file):
     """A question, and n documents of which one or two hold the answer."""
-    questions, documents = sources.questions(file)
+    questions, documents = read_questions(file, getattr(sources.cfg, file))
     question = questions[i % len(questions)]
     n = max(n, len(question.documents))
     if n > len(documents):

@@ -5,8 +5,8 @@ fills a length with them and scores the answers.
 
     text, answers = TASKS["vt"].prompt(20, random.Random(0), sources, length=4096, i=0)
 
-DEVIATIONS: names and values are never equal by chance; vt's example has at least 6 lines of noise,
-whatever tokens they take; sentences end at ". ", "! " or "? ", not where nltk says.
+DEVIATIONS: names and values are never equal by chance; vt's example has 10 lines of noise, whatever
+tokens they take; sentences end at ". ", "! " or "? ", not where nltk says.
 """
 import functools
 import json
@@ -87,16 +87,6 @@ class Sources:
     @functools.cached_property
     def all_words(self):
         return sorted({word for words in self.words.values() for word in words})
-
-    @functools.cached_property
-    def example_lines(self):
-        """Lines of noise in vt's example: RULER's most, in steps of 5, within 500 tokens."""
-        lines = 6  # more than the chain has assignments
-        for n in range(10, 30, 5):
-            text, names = chain_text(n, random.Random(0), set(), 1, 4, letters=3)
-            if len(self.subject.tokenizer.encode(f"{text} {names}")) + TASKS["vt"].tokens <= 500:
-                lines = n
-        return lines
 
 
 class Question(NamedTuple):
@@ -238,6 +228,9 @@ def niah(n, rng, sources, length, i, haystack, name="words", value="numbers", n_
     return text, [a_value for _, own in asked for a_value in own]
 
 
+EXAMPLE_LINES = 10  # of noise: as many as RULER fits into 500 tokens of a large vocabulary
+
+
 def chain_text(n, rng, taken, n_chains, n_hops, letters):
     """Variable tracking without an example, in n lines of noise."""
     def name():
@@ -259,7 +252,7 @@ def chain_text(n, rng, taken, n_chains, n_hops, letters):
 def variable_tracking(n, rng, sources, length, i, n_chains, n_hops):
     """A variable gets a value, another that variable, and so on: which have the value?"""
     taken = set()
-    example, names = chain_text(sources.example_lines, rng, taken, n_chains, n_hops, letters=3)
+    example, names = chain_text(EXAMPLE_LINES, rng, taken, n_chains, n_hops, letters=3)
     text, answers = chain_text(n, rng, taken, n_chains, n_hops, letters=5)
     return f"{example} {' '.join(names)}\n\n\n\n{text}", answers
 

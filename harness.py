@@ -109,10 +109,11 @@ class Task:
                 f"{result['answer_limit']} tokens")
 
     def summary(self, result):
-        """The scores of the task itself; of a name for several tasks, those of each."""
+        """The finite scores of the task itself; of a name for several tasks, those of each."""
         names = [self.name] if result["metrics"].get(self.name) else result["shown"]
         return {f"{name}_{metric}": found["value"]
-                for name in names for metric, found in result["metrics"][name].items()}
+                for name in names for metric, found in result["metrics"][name].items()
+                if found["value"] is not None}
 
 
 def digits(value):

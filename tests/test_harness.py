@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import random
 import re
 import shutil
@@ -24,6 +25,7 @@ import train
 from configurator import UserError
 from conftest import ROOT
 from model import GSA, GSAConfig
+from results import as_read
 from sample import draw_token
 from scoring import Answer, Batcher
 from start import load_hf, open_gates_and_load
@@ -429,6 +431,17 @@ def test_what_a_task_itself_raises_is_one_line_and_what_our_model_raises_is_not(
     monkeypatch.setattr(adapter, "answer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure("passkey_generation", llama[0], **there)
+
+
+def test_a_score_that_is_not_finite_is_shown_and_no_number_of_the_summary(
+        llama, monkeypatch, capsys):
+    monkeypatch.setattr(adapter.Adapter, "loglikelihood_rolling",
+                        lambda self, wanted: [math.nan] * len(wanted))
+    found = as_read(measure("passkey_rolling", llama[0]))
+    task = harness.Task("passkey_rolling", [])
+    task.show(found)
+    assert re.search(r"bits_per_byte +-\n", capsys.readouterr().out)
+    assert task.summary(found) == {}
 
 
 def test_a_tag_names_tasks_and_a_group_weighs_them_by_their_rows(llama, tmp_path, monkeypatch):

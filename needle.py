@@ -240,6 +240,12 @@ def write_values(model, prompts, tokenizer, batcher):
             for written, (_, facts, _) in zip(texts, prompts)]
 
 
+def mean_std(values):
+    """Mean and standard deviation over seeds, that of a sample; of one value 0."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), std
+
+
 def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batcher,
            kind="single"):
     """
@@ -266,11 +272,10 @@ def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, b
                     seed_rank.append(np.mean(ranks))
                 seed_accuracy.append(np.mean(hits))
                 progress.step()
-            cell = {"kind": kind, "length": length, "depth": depth,
-                    "accuracy": float(np.mean(seed_accuracy)),
-                    "accuracy_std": float(np.std(seed_accuracy))}
+            cell = {"kind": kind, "length": length, "depth": depth}
+            cell["accuracy"], cell["accuracy_std"] = mean_std(seed_accuracy)
             if seed_rank:
-                cell |= {"rank": float(np.mean(seed_rank)), "rank_std": float(np.std(seed_rank))}
+                cell["rank"], cell["rank_std"] = mean_std(seed_rank)
             cells.append(cell)
     return cells
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from configurator import UserError, say
 from localfiles import optional
-from needle import check_haystack, shade
+from needle import check_haystack, mean_std, shade
 from ruler_tasks import TASKS, Sources, read_questions
 from scoring import Progress, answer
 
@@ -164,7 +164,10 @@ class Task:
     def show(self, result):
         entries = []
         for cell in result["cells"]:
-            found = f"needs {cell['least']:,} tokens" if "least" in cell else mean_std(cell)
+            if "least" in cell:
+                found = f"needs {cell['least']:,} tokens"
+            else:
+                found = shown(cell["scores"])
             entries.append(f"{cell['length']:7} tokens: {found:16}")
         haystack = f"  in {result['haystack']}" if result["haystack"] else ""
         say(f"{self.name:16}" + "".join(entries) + haystack)
@@ -174,9 +177,9 @@ class Task:
                 for cell in result["cells"] if "scores" in cell}
 
 
-def mean_std(cell):
-    mean = np.mean(cell["scores"])
-    return f"{shade(mean / 100)} {mean:.1f} ± {np.std(cell['scores']):.1f}"
+def shown(scores):
+    mean, std = mean_std(scores)
+    return f"{shade(mean / 100)} {mean:.1f} ± {std:.1f}"
 
 
 def ruler(subject, name, length, n_samples, seeds, sources):
@@ -210,6 +213,6 @@ def show_averages(results):
     for length, found in sorted(scores.items()):
         same_seeds = len({len(of_task) for of_task in found}) == 1
         if len(found) > 1 and same_seeds:
-            average = {"scores": np.mean(found, 0)}  # one for each seed
+            average = np.mean(found, 0)  # one for each seed
             say(f"RULER, average of {len(found)} of {len(TASKS)} tasks at {length} tokens: "
-                f"{mean_std(average)}")
+                f"{shown(average)}")

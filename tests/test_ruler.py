@@ -168,6 +168,8 @@ def test_an_oracle_that_answers_from_the_prompt_scores_100_on_every_task(
     said = capsys.readouterr().out
     assert "██ 100.0 ± 0.0" in said and files["haystack"] in said
     assert f"average of 13 of 13 tasks at {length} tokens: ██ 100.0 ± 0.0" in said
+    # deviations from 50: 20, 0, 20; as a sample of seeds √((400 + 0 + 400) / 2)
+    assert ruler.shown([30, 50, 70]) == "▒▒ 50.0 ± 20.0" and ruler.shown([50])[-3:] == "0.0"
 
 
 @pytest.mark.parametrize("name", list(ruler.TASKS))

@@ -21,6 +21,7 @@ import adapter
 import eval as evaluation
 import harness
 import sandbox
+import scoring
 import train
 from configurator import UserError
 from conftest import ROOT
@@ -125,6 +126,22 @@ def test_rolling_likelihoods_are_those_of_windows_by_hand(model):
         found = adapter.Adapter(subject(model, rows)).loglikelihood_rolling(
             requests((text,), ("short",), ("",)))
         assert found == pytest.approx([expected, short, 0.0], rel=1e-5), rows
+
+
+def test_texts_that_begin_alike_are_not_all_in_one_batch(model, monkeypatch):
+    """A batch holds at least a context with its continuations: 16 answers, or one window."""
+    sizes = []
+
+    def score(model, contexts, continuations, batcher, progress):
+        sizes.append([len(row) for row in continuations])
+        return scoring.score(model, contexts, continuations, batcher, progress)
+    monkeypatch.setattr(adapter, "score", score)
+    who = adapter.Adapter(subject(model))
+    texts = ["abcdefgh"[i % 7:] for i in range(40)]
+    rolling = who.loglikelihood_rolling(requests(*[(text,) for text in texts]))
+    pairs = who.loglikelihood(requests(*[("", text) for text in texts]))
+    assert sizes == [[1] * 40, [16, 16, 8]]
+    assert rolling == pytest.approx([likelihood for likelihood, _ in pairs], rel=1e-5)
 
 
 def test_texts_are_those_of_greedy_decoding(model):

@@ -136,6 +136,7 @@ def need_lm_eval(name, parts):
                         "lm-eval need: pip install lm-eval") from None
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says, cannot_load does, too
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda rows, **_: rows  # its bar over the making of prompts
 

@@ -15,6 +15,7 @@ from sample import draw_token
 from scoring import Progress, Score, answer, greedy_token, score
 
 ANSWER_TOKENS = 256  # the limit where a task names none, as in lm-eval
+CHOICES = 16  # answers to a question that are scored at a time
 
 
 class Adapter:
@@ -68,7 +69,7 @@ class Adapter:
             context, continuation = self.encode_pair(*request.args)
             # the last token of the continuation is never read
             pairs.append((self.fit(context, len(continuation) - 1), continuation))
-        scores = self.score_pairs(pairs, "answers")
+        scores = self.score_pairs(pairs, "answers", CHOICES)
         return [(found.likelihood, found.greedy) for found in scores]
 
     def loglikelihood_rolling(self, requests):
@@ -84,18 +85,22 @@ class Adapter:
                 pairs.append(tuple(map(np.array, make_disjoint_window(window))))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, found in zip(owners, self.score_pairs(pairs, "windows")):
+        for i, found in zip(owners, self.score_pairs(pairs, "windows", 1)):
             totals[i] += found.likelihood
         return totals
 
-    def score_pairs(self, pairs, what):
-        """A Score for each (context, continuation), n pairs of ids. Each context is read once."""
+    def score_pairs(self, pairs, what, most):
+        """
+        A Score for each (context, continuation), n pairs of ids. A context is read once for `most`
+        continuations: with more, as where all texts begin behind the same separator, a batch of
+        one context would hold them all.
+        """
         # 1. the continuations of each context
         members = {}
         for i, (context, continuation) in enumerate(pairs):
             if len(continuation):  # an empty one is certain
                 members.setdefault(context.tobytes(), []).append(i)
-        rows = list(members.values())
+        rows = [same[i:i + most] for same in members.values() for i in range(0, len(same), most)]
         # 2. their scores
         with Progress(f"{self.name}, {what}", len(rows)) as progress:
             found = score(self.model, [pairs[row[0]][0] for row in rows],

@@ -17,11 +17,12 @@ import logging
 import os
 import random
 import re
+import traceback
 
 import numpy as np
 
+import adapter
 import sandbox
-from adapter import Adapter, for_lm_eval
 from configurator import UserError, say
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -49,6 +50,8 @@ class Task:
         if self.name not in manager.task_index:
             near = difflib.get_close_matches(self.name, [*self.parts, *manager.all_tasks], 3)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them"
+            if cfg.task_dir and not near:
+                hint += f"; no YAML file of {cfg.task_dir} that can be read holds it"
             raise UserError(f"unknown task {self.name!r}: {hint}")
 
     def measure(self, cfg, subject):
@@ -57,17 +60,17 @@ class Task:
         shown, the tasks to print; and what Adapter counts. Raises UserError where there are no
         rows, and for code that may not run.
         """
-        from lm_eval.evaluator import evaluate
         manager = find_tasks(self.name, cfg.task_dir)
-        entry = manager.task_index[self.name]
-        ours = is_ours(entry, cfg.task_dir)
+        folder = functools.partial(own_folder, manager, cfg.task_dir)
         # 1. the rows of the task
-        if (entry.cfg or {}).get("unsafe_code"):  # before its rows are fetched
-            check_code(self.name, ours, cfg.run_generated_code)
-        loaded = load(self.name, manager, ours)
+        if (manager.task_index[self.name].cfg or {}).get("unsafe_code"):  # before they are fetched
+            check_code(self.name, folder(self.name), cfg.run_generated_code)
+        loaded = load(self.name, manager, folder(self.name))
         for task in loaded["tasks"].values():
             if getattr(task, "UNSAFE_CODE", False):
-                check_code(task.task_name, ours, cfg.run_generated_code)
+                check_code(task.task_name, folder(task.task_name), cfg.run_generated_code)
+            if folder(task.task_name):
+                check_columns(task)
             if getattr(task, "MULTIMODAL", False):
                 raise UserError(f"{task.task_name} shows pictures, which this model cannot read")
             examples = task.get_config("num_fewshot")
@@ -76,10 +79,10 @@ class Task:
             task.set_config("num_fewshot", examples or 0)
             task.set_fewshot_seed(SEED)
         # 2. the requests and their scores
-        adapter = Adapter(subject, self.name)
-        found = evaluate(lm=for_lm_eval(adapter), task_dict=loaded, limit=cfg.limit or None,
-                         bootstrap_iters=BOOTSTRAPS, log_samples=False,
-                         confirm_run_unsafe_code=ours and cfg.run_generated_code)
+        asked = adapter.Adapter(subject, self.name)
+        found = evaluate(self.name, lm=adapter.for_lm_eval(asked), task_dict=loaded,
+                         limit=cfg.limit or None, bootstrap_iters=BOOTSTRAPS, log_samples=False,
+                         confirm_run_unsafe_code=cfg.run_generated_code)
         # 3. the result
         metrics = {name: read_metrics(row) for name, row in found["results"].items()}
         shown = [name for name, row in metrics.items() if row]
@@ -87,7 +90,7 @@ class Task:
             shown = [name for name in shown if name in found.get("groups", {})]
         return {"metrics": metrics, "shown": shown,
                 "rows": {name: n["effective"] for name, n in found["n-samples"].items()},
-                "num_fewshot": found["n-shot"], "context": adapter.T, **adapter.counts}
+                "num_fewshot": found["n-shot"], "context": asked.T, **asked.counts}
 
     def show(self, result):
         rows = sum(result["rows"].values())
@@ -106,10 +109,11 @@ class Task:
                 f"{result['answer_limit']} tokens")
 
     def summary(self, result):
-        """The scores of the task itself; of a name for several tasks, those of each."""
+        """The finite scores of the task itself; of a name for several tasks, those of each."""
         names = [self.name] if result["metrics"].get(self.name) else result["shown"]
         return {f"{name}_{metric}": found["value"]
-                for name in names for metric, found in result["metrics"][name].items()}
+                for name in names for metric, found in result["metrics"][name].items()
+                if found["value"] is not None}
 
 
 def digits(value):
@@ -132,6 +136,7 @@ def need_lm_eval(name, parts):
                         "lm-eval need: pip install lm-eval") from None
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it says, cannot_load does, too
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda rows, **_: rows  # its bar over the making of prompts
 
@@ -149,16 +154,29 @@ def task_manager(folders, include_defaults):
     return TaskManager(include_path=list(folders), include_defaults=include_defaults)
 
 
-def is_ours(entry, task_dir):
-    """Does a task come from a folder of ours or of the user's, not from lm-eval itself?"""
+def own_folder(manager, task_dir, name):
+    """
+    The folder of a task, group or tag of ours or of the user's: that of its YAML file, of a tag
+    that of its first task. None where it is lm-eval's.
+    """
+    entry = manager.task_index.get(name)
+    if entry is None:  # written into the YAML of a group
+        return None
+    if entry.yaml_path is None:  # a tag
+        found = [own_folder(manager, task_dir, task) for task in sorted(entry.tags)]
+        return next(filter(None, found), None)
     folders = [*OURS, os.path.abspath(task_dir)] if task_dir else OURS
-    path = os.path.abspath(str(entry.yaml_path))
-    return any(path.startswith(folder + os.sep) for folder in folders)
+    path = os.path.abspath(entry.yaml_path)
+    ours = any(path.startswith(folder + os.sep) for folder in folders)
+    return os.path.dirname(path) if ours else None
 
 
-def check_code(name, ours, allowed):
-    """Raise UserError where a task's score may not run the code that the model writes."""
-    if not ours:
+def check_code(name, folder, allowed):
+    """
+    Raise UserError where a task's score may not run the code that the model writes. folder: what
+    own_folder returns.
+    """
+    if not folder:
         raise UserError(f"{name} would run generated code unprotected: only humaneval and tasks "
                         "of --task_dir that use sandbox.pass_at_1 can be measured")
     if not allowed:
@@ -167,34 +185,50 @@ def check_code(name, ours, allowed):
     sandbox.check()
 
 
-def load(name, manager, ours):
-    """What manager.load returns. Paths in a task of ours begin in the folder of its YAML file."""
-    entry = manager.task_index[name]
+def load(name, manager, folder):
+    """What manager.load returns. folder: where paths in the YAML file begin; None = here."""
     before = os.getcwd()
     random.seed(0)  # some tasks shuffle their rows
     np.random.seed(SEED)
     try:
-        if ours:
-            os.chdir(os.path.dirname(entry.yaml_path))
-        loaded = manager.load([name])
+        os.chdir(folder or before)
+        return manager.load([name])
     except Exception as e:  # of any type: datasets, or a file of the task itself, raised it
         raise UserError(cannot_load(name, e)) from None
     finally:
         os.chdir(before)
-    if ours:
-        for task in loaded["tasks"].values():
-            check_columns(task)
-    return loaded
+
+
+def evaluate(name, **settings):
+    """lm_eval's evaluate. What code of the task raises becomes a UserError."""
+    from lm_eval.evaluator import evaluate
+    try:
+        return evaluate(**settings)
+    except UserError:
+        raise
+    except Exception as e:  # of any type
+        frames = traceback.extract_tb(e.__traceback__)
+        if any(frame.filename == adapter.__file__ for frame in frames):  # our model raised it
+            raise
+        raise UserError(f"{name} cannot be measured: {type(e).__name__}: {one_line(e)}") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def cannot_load(name, error):
     """One line: why a task's rows cannot be had, and what to do."""
-    reason = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "DatasetGenerationError":  # it says why in its cause
+        error = error.__cause__ or error
+    reason = one_line(error)
     away = re.search("'([^']+)' on the Hub", reason)  # datasets' words
     if away:
         return (f"{name} needs {away[1]} from the hub, which cannot be reached: run it once with "
                 "network, which fills datasets' cache (HF_HOME), or copy its YAML into --task_dir "
                 "with dataset_path: json and dataset_kwargs: {data_files: {test: FILE.jsonl}}")
+    if isinstance(error, StopIteration):  # of datasets, for an empty file
+        reason = "there are no rows"
     return f"{name} cannot be loaded: {reason}"
 
 

@@ -30,6 +30,7 @@ SETTINGS = "data haystack needles lengths depths seeds samples distractors"
 KINDS = ("single", "multikey", "multivalue", "multiquery")
 SEVERAL = 4  # facts of the kinds with several; RULER's number
 HAYSTACK_TOKENS = 2**22  # of a haystack that is read at most
+TRIES = 1000  # draws of names and keys until none stands in the text already
 
 
 def check(cfg, subject):
@@ -78,7 +79,7 @@ def haystack(ids, tokenizer):
     The documents of a text that hold no pass-key in their first 4000 tokens, joined without
     separators: 1-D array of ids.
     """
-    ends = np.flatnonzero(ids == tokenizer.separator)
+    ends = np.append(np.flatnonzero(ids == tokenizer.separator), len(ids))  # the last may be cut
     docs = [ids[a:b] for a, b in zip(np.append(0, ends[:-1] + 1), ends)]
     passkey = re.compile(r"^[A-Z]{2}=[a-z0-9]{4}$", re.M)
     docs = [d for d in docs if not passkey.search(tokenizer.decode(d[:4000]))]
@@ -143,9 +144,9 @@ def needle_prompt(hay, tokenizer, length, depth, n_answer, rng, kind="single"):
     haystack, with a fact at `depth` (0 to 1) of it, further facts anywhere, and a question.
     Returns the ids, the facts [(name, key), …], of which the first is asked, and the place of the
     first, a slice. No name or key stands in the text already. Raises UserError where hay or length
-    are too short.
+    are too short, or where hay leaves no name.
     """
-    while True:
+    for _ in range(TRIES):
         # 1. the facts, and the text that they leave room for
         facts = draw_facts(kind, rng)
         coded = [encode_fact(tokenizer, name, key) for name, key in facts]
@@ -161,6 +162,9 @@ def needle_prompt(hay, tokenizer, length, depth, n_answer, rng, kind="single"):
         words = tokenizer.decode(text)
         if not any(f"{name}=" in words or key in words for name, key in facts):
             break
+    else:
+        raise UserError("the haystack holds every name that a fact could have, like AB=: "
+                        "--haystack=FILE names another")
     # 2. where they are inserted
     cuts = [round(depth * room)] + [rng.randrange(room + 1) for _ in facts[1:]]
     order = sorted(range(len(facts)), key=lambda i: (cuts[i], i))
@@ -193,6 +197,14 @@ def draw_wrong_keys(facts, n, rng):
 # --------------------------------------------------------------------------------------------------
 # Answers
 
+def rank(right, wrong):
+    """
+    Where the right key stands among the wrong ones, 1 is best. All are log-likelihoods. Equal ones
+    share their places, so that a model without a preference gets the middle; NaN is the last.
+    """
+    return 1 + sum((not w < right) + (not w <= right) for w in wrong) / 2
+
+
 def ask(model, prompts, wrong, kind, tokenizer, batcher):
     """
     Ask for the first fact of each prompt, or for all (multiquery). prompts: what needle_prompt
@@ -214,7 +226,7 @@ def ask(model, prompts, wrong, kind, tokenizer, batcher):
     hits, ranks = [], []
     for right, *rest in score(model, contexts, keys, batcher):
         hits.append(right.greedy)
-        ranks.append(1 + sum(w.likelihood > right.likelihood for w in rest))
+        ranks.append(rank(right.likelihood, [w.likelihood for w in rest]))
     return hits, ranks
 
 
@@ -226,6 +238,12 @@ def write_values(model, prompts, tokenizer, batcher):
                    batcher)
     return [np.mean([key in written.text for _, key in facts])
             for written, (_, facts, _) in zip(texts, prompts)]
+
+
+def mean_std(values):
+    """Mean and standard deviation over seeds, that of a sample; of one value 0."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return float(np.mean(values)), std
 
 
 def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, batcher,
@@ -254,11 +272,10 @@ def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, b
                     seed_rank.append(np.mean(ranks))
                 seed_accuracy.append(np.mean(hits))
                 progress.step()
-            cell = {"kind": kind, "length": length, "depth": depth,
-                    "accuracy": float(np.mean(seed_accuracy)),
-                    "accuracy_std": float(np.std(seed_accuracy))}
+            cell = {"kind": kind, "length": length, "depth": depth}
+            cell["accuracy"], cell["accuracy_std"] = mean_std(seed_accuracy)
             if seed_rank:
-                cell |= {"rank": float(np.mean(seed_rank)), "rank_std": float(np.std(seed_rank))}
+                cell["rank"], cell["rank_std"] = mean_std(seed_rank)
             cells.append(cell)
     return cells
 

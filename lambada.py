@@ -107,5 +107,4 @@ def show(result):
 
 
 def summary(result):
-    found = {"lambada_accuracy": result["accuracy"], "lambada_perplexity": result["perplexity"]}
-    return {name: value for name, value in found.items() if value is not None}  # beyond floats
+    return {"lambada_accuracy": result["accuracy"], "lambada_perplexity": result["perplexity"]}

@@ -243,11 +243,12 @@ def test_a_perplexity_beyond_floats_is_infinite(capsys):
     got = perplexity.perplexity(model, ids, Documents(ids, BYTES), 32, 16, Batcher())
     assert got["loss"] > 710 and got["perplexity"] == math.inf
     row = {"text": "x", "length": 32, "stride": 16, **got}
-    result = json.loads(configurator.to_json({"rows": [row], "skipped": {}}))
+    result = json.loads(configurator.to_json({"texts": ["x"], "rows": [row], "skipped": {}}))
     assert result["rows"][0]["perplexity"] is None
     perplexity.show(result)
     assert "beyond floats" in capsys.readouterr().out
-    assert list(perplexity.summary(result)) == ["bits_per_byte"]
+    summary = perplexity.summary(result)
+    assert summary == {"perplexity": None, "bits_per_byte": pytest.approx(got["bits_per_byte"])}
 
 
 def test_the_curves_hold_the_losses_and_their_errors():
@@ -308,7 +309,11 @@ def no_network(*args, **kwargs):
 def test_without_network_a_preset_is_skipped_and_the_rest_is_measured(out, demo, monkeypatch,
                                                                      capsys):
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    found = evaluate(out, data=f"wikitext-103,{demo}", max_tokens=100)["results"]["perplexity"]
+    result = evaluate(out, data=f"wikitext-103,{demo}", max_tokens=100)
+    # a plain "perplexity" is that of the first text: beside a run that had it, it would be compared
+    assert f"perplexity_of_{demo}" in result["summary"]
+    assert "perplexity" not in result["summary"]
+    found = result["results"]["perplexity"]
     assert [row["text"] for row in found["rows"]] == [demo]
     reason = found["skipped"]["wikitext-103"]
     assert reason == ("cannot load Salesforce/wikitext: cannot reach it. Without network: give "
@@ -370,6 +375,8 @@ def test_a_text_that_cannot_be_read_is_one_line_before_anything_is_measured(out,
 def test_a_stride_longer_than_a_context_is_refused(out):
     refused(lambda: evaluate(out, stride=9, lengths="8,32"),
             "stride 9 must lie in the context, 1 to 8")
+    # where it is not asked for it is skipped, not measured without every ninth token
+    assert "perplexity" in evaluate(out, stride=9, lengths="8,32", tasks="stability")["skipped"]
 
 
 # ---- LAMBADA

@@ -105,7 +105,7 @@ def test_a_common_beginning_is_computed_once(monkeypatch):
 
 
 def test_a_context_takes_the_same_memory_with_many_continuations(monkeypatch):
-    """Two contexts that fit into a batch alone fit with four continuations each, and as two rows."""
+    """Two contexts that fit into a batch do so with four continuations each, as two rows."""
     model = make("dense")
     rows = []
     trunk = model.trunk

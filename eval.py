@@ -9,8 +9,8 @@ Measure a trained model: perplexity, needles, RULER, what its attention does, be
 
 Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. What is there
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
-interrupted goes on with the part that it had begun. With matplotlib installed it draws pictures
-into out_dir:
+interrupted goes on with the part that it had begun. A change of the code is not noticed: --again
+measures anew. With matplotlib installed it draws pictures of what was asked for into out_dir:
     eval.png        needle retrieval, and the curves of the training
     perplexity.png  the loss by the number of tokens seen
     ruler.png       RULER's tasks at each length
@@ -183,37 +183,35 @@ def evaluate(cfg):
             for label, value in results.summary_of(name).items():
                 say(f"  {label.replace('_', ' '):48}{value:10.5g}")
         if cfg.plot:
-            draw(cfg, subject, results.content["results"])
+            draw(cfg, subject, measured)
     missed = [name for name in skipped if name in listed(cfg.tasks)]
     if missed:
         raise UserError(f"not measured, for the reasons above: {', '.join(missed)}")
     return results.content
 
 
-def draw(cfg, subject, found):
-    """The pictures of the results, in out_dir. found: {part: result}."""
+def draw(cfg, subject, measured):
+    """The pictures of the results, in out_dir. measured: {part: result}."""
     def save(name, *args):
         save_picture(os.path.join(cfg.out_dir, name), *args)
-    # 1. needles and the training
-    records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
-    cells = found["needle"]["cells"] if "needle" in found else []
-    warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
-    save("eval.png", pictures.draw_results, cells, records, warmup_end)
-    # 2. the other parts
-    if "perplexity" in found:
-        save("perplexity.png", pictures.draw_positions, perplexity.curves(found["perplexity"]))
-    if "attention" in found:
-        save("attention.png", pictures.draw_attention, found["attention"])
-    if cells := ruler.all_cells(found):
+    if "perplexity" in measured:
+        save("perplexity.png", pictures.draw_positions, perplexity.curves(measured["perplexity"]))
+    if "attention" in measured:
+        save("attention.png", pictures.draw_attention, measured["attention"])
+    if cells := ruler.all_cells(measured):
         save("ruler.png", pictures.draw_ruler, cells)
-    # 3. one needle
+    if "needle" not in measured:
+        return
+    found = measured["needle"]
+    records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
+    warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
+    save("eval.png", pictures.draw_results, found["cells"], records, warmup_end)
     try:
-        if "needle" not in found:
-            return
-        layers, place = inspection.needle_selection(subject, found["needle"])
-        save("selection.png", pictures.draw_selection, layers, place)
+        layers, place = inspection.needle_selection(subject, found)
     except UserError as e:
         say(f"no selection.png: {e}")
+    else:
+        save("selection.png", pictures.draw_selection, layers, place)
 
 
 def main(argv):

@@ -55,6 +55,7 @@ def last_word(text, tokenizer):
     text; encoded on its own it may have others, which the model has never seen there. Other blanks
     before the word are moved to it, since they may be one token with its own blank.
     """
+    text = text.rstrip()
     context, _, word = text.rpartition(" ")
     context = context.rstrip()
     whole = tokenizer.encode(text if context else " " + word)

@@ -257,7 +257,7 @@ def with_error(row, name, digits):
     """ "2.345 ± 0.012" """
     value, error = row[name], row[f"{name}_stderr"]
     if value is None:
-        return "beyond floats"
+        return "not finite"
     form = f".{digits}f" if value < 1e6 else ".2e"
     if error is None:
         return f"{value:{form}}"
@@ -265,8 +265,9 @@ def with_error(row, name, digits):
 
 
 def curves(result):
-    """{text: by_position at the longest context}"""
-    return {row["text"]: row["by_position"] for row in result["rows"]}  # the lengths rise
+    """{text: by_position at the longest context, without losses that are not finite}"""
+    return {row["text"]: [bucket for bucket in row["by_position"] if bucket["loss"] is not None]
+            for row in result["rows"]}  # the lengths rise
 
 
 def show(result):

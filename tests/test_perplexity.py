@@ -246,7 +246,7 @@ def test_a_perplexity_beyond_floats_is_infinite(capsys):
     result = json.loads(configurator.to_json({"texts": ["x"], "rows": [row], "skipped": {}}))
     assert result["rows"][0]["perplexity"] is None
     perplexity.show(result)
-    assert "beyond floats" in capsys.readouterr().out
+    assert "not finite" in capsys.readouterr().out
     summary = perplexity.summary(result)
     assert summary == {"perplexity": None, "bits_per_byte": pytest.approx(got["bits_per_byte"])}
 
@@ -254,7 +254,8 @@ def test_a_perplexity_beyond_floats_is_infinite(capsys):
 def test_the_curves_hold_the_losses_and_their_errors():
     plt = pytest.importorskip("matplotlib.pyplot")
     buckets = [{"from": 1, "to": 2, "loss": 3.0, "loss_stderr": 0.5, "count": 4},
-               {"from": 3, "to": 4, "loss": 2.0, "loss_stderr": None, "count": 2}]
+               {"from": 3, "to": 4, "loss": 2.0, "loss_stderr": None, "count": 2},
+               {"from": 5, "to": 8, "loss": None, "loss_stderr": None, "count": 2}]  # not finite
     rows = [{"text": "a", "by_position": []}, {"text": "a", "by_position": buckets}]
     figure = pictures.draw_positions(plt, perplexity.curves({"rows": rows}))
     line, _, (bars,) = figure.axes[0].containers[0]
@@ -448,6 +449,8 @@ def test_passages_are_cut_as_lm_eval_cuts_them():
         assert (context.tolist(), word.tolist()) == tuple(map(list, expected))
     context, word = lambada.last_word("alone", tokenizer)
     assert len(context) == 0 and tokenizer.decode(word) == " alone"
+    context, word = lambada.last_word("with blanks \n", tokenizer)  # behind it: they are no word
+    assert tokenizer.decode(word) == " blanks"
 
 
 def test_lambada_from_a_file_and_from_the_hub(out, tmp_path, monkeypatch, capsys):

@@ -136,22 +136,26 @@ def asked_for(tasks):
 
 def check(parts, cfg, subject):
     """
-    Refuse what cannot be measured before anything is. Raises UserError. Perplexity is left to be
-    skipped where other parts are asked for: it is measured in any case.
+    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, where only
+    others are asked for, is left to be skipped.
     """
-    optional = cfg.tasks and "perplexity" not in listed(cfg.tasks)
     for name, part in parts.items():
         try:
             part.check(cfg, subject)
         except UserError:
-            if not (optional and name == "perplexity"):
+            if name != "perplexity" or name in required(cfg):
                 raise
+
+
+def required(cfg):
+    """The parts without which an evaluation has failed."""
+    return listed(cfg.tasks) or ["perplexity"]
 
 
 def evaluate(cfg):
     """
     Measure cfg.out_dir's checkpoint. Returns eval.json's content; it is written after each part.
-    Raises UserError, at the end if a part of cfg.tasks has been skipped.
+    Raises UserError, at the end if a part that is required has been skipped.
     """
     parts = asked_for(cfg.tasks)
     subject = Subject(cfg)
@@ -184,7 +188,7 @@ def evaluate(cfg):
                 say(f"  {label.replace('_', ' '):48}{value:10.5g}")
         if cfg.plot:
             draw(cfg, subject, measured)
-    missed = [name for name in skipped if name in listed(cfg.tasks)]
+    missed = [name for name in skipped if name in required(cfg)]
     if missed:
         raise UserError(f"not measured, for the reasons above: {', '.join(missed)}")
     return results.content

@@ -225,7 +225,8 @@ def losses(model, ids, documents, length, stride, batcher, doc_mask=True, title=
 def perplexity(model, ids, documents, length, stride, batcher, doc_mask=True, title="perplexity"):
     """
     Every token of ids but the first is predicted, once, with at least length - stride tokens of
-    context; it has fewer only at the start of ids and of documents. Arguments: see losses.
+    context; it has fewer only at the start of ids and of documents. stride is at most length.
+    Other arguments: see losses.
 
     Returns a dict: tokens, bytes, words, documents; loss (nats per token), perplexity,
     bits_per_byte, word_perplexity (exp(nats / words)), each with its standard error, *_stderr; and

@@ -9,6 +9,7 @@ eval.json: the results of an evaluation, kept from one run of eval.py to the nex
     skipped   {part: why it could not be measured}
     summary   {name: number}, the few by which runs are compared
 """
+import functools
 import json
 import os
 
@@ -28,6 +29,7 @@ class Results:
         self.cfg = cfg
         self.subject = subject
         self.find_part = find_part
+        self.identify = functools.cache(identify)  # a file may be long: it is read once
         self.path = os.path.join(cfg.out_dir, "eval.json")
         if not os.access(cfg.out_dir, os.W_OK):
             raise UserError(f"{cfg.out_dir} is read-only, and {self.path} is to be written: "
@@ -52,10 +54,10 @@ class Results:
         found = {name: getattr(self.cfg, name) for name in names}
         found["dtype"] = self.subject.dtype
         if "data" in found:
-            found["data"] = [identify(name) for name in self.subject.text_names()]
+            found["data"] = [self.identify(name) for name in self.subject.text_names()]
         for name in FILES:
             if found.get(name):
-                found[name] = identify(found[name])
+                found[name] = self.identify(found[name])
         return as_read(found)
 
     def kept(self, name, part):

@@ -234,6 +234,10 @@ def test_answers_end_at_a_stop_a_separator_or_the_limit(scripted):
 def test_the_earliest_of_two_stops_counts_and_may_span_tokens(scripted):
     found, = scripted.answer(["a. Q: b\n"], [8], [["\n", "Q", ". Q"]])  # both are there with "Q"
     assert found == ("a", True)
+    # a letter of two tokens, as a stop and cut by the limit
+    two_bytes = "ä".encode().decode("latin-1")
+    found = scripted.answer([f"a{two_bytes}b"] * 2, [9, 2], [["ä"], ["ä"]])
+    assert found == [("a", True), ("a\ufffd", False)]
 
 
 def test_answers_are_what_greedy_decoding_writes(model):

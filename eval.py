@@ -9,8 +9,8 @@ Measure a trained model: perplexity, needles, RULER, what its attention does, be
 
 Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. What is there
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
-interrupted goes on with the part that it had begun. With matplotlib installed it draws pictures
-into out_dir:
+interrupted goes on with the part that it had begun. A change of the code is not noticed: --again
+measures anew. With matplotlib installed it draws pictures of what was asked for into out_dir:
     eval.png        needle retrieval, and the curves of the training
     perplexity.png  the loss by the number of tokens seen
     ruler.png       RULER's tasks at each length
@@ -136,21 +136,26 @@ def asked_for(tasks):
 
 def check(parts, cfg, subject):
     """
-    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, which is
-    measured in any case, is left to be skipped if others are asked for.
+    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, where only
+    others are asked for, is left to be skipped.
     """
     for name, part in parts.items():
         try:
             part.check(cfg, subject)
         except UserError:
-            if name in listed(cfg.tasks) or name != "perplexity" or not cfg.tasks:
+            if name != "perplexity" or name in required(cfg):
                 raise
+
+
+def required(cfg):
+    """The parts without which an evaluation has failed."""
+    return listed(cfg.tasks) or ["perplexity"]
 
 
 def evaluate(cfg):
     """
     Measure cfg.out_dir's checkpoint. Returns eval.json's content; it is written after each part.
-    Raises UserError, at the end if a part of cfg.tasks has been skipped.
+    Raises UserError, at the end if a part that is required has been skipped.
     """
     parts = asked_for(cfg.tasks)
     subject = Subject(cfg)
@@ -174,43 +179,43 @@ def evaluate(cfg):
                 skipped.append(name)
             else:
                 part.show(result)
-        ruler.show_averages(results.content["results"])
+        measured = {name: results.content["results"][name] for name in parts if name not in skipped}
+        ruler.show_averages(measured)
         # 2. summary and pictures
         say("\nsummary")
-        for name, value in results.content["summary"].items():
-            say(f"  {name.replace('_', ' '):48}{value:10.5g}")
+        for name in measured:
+            for label, value in results.summary_of(name).items():
+                say(f"  {label.replace('_', ' '):48}{value:10.5g}")
         if cfg.plot:
-            draw(cfg, subject, results.content["results"])
-    missed = [name for name in skipped if name in listed(cfg.tasks)]
+            draw(cfg, subject, measured)
+    missed = [name for name in skipped if name in required(cfg)]
     if missed:
         raise UserError(f"not measured, for the reasons above: {', '.join(missed)}")
     return results.content
 
 
-def draw(cfg, subject, found):
-    """The pictures of the results, in out_dir. found: {part: result}."""
+def draw(cfg, subject, measured):
+    """The pictures of the results, in out_dir. measured: {part: result}."""
     def save(name, *args):
         save_picture(os.path.join(cfg.out_dir, name), *args)
-    # 1. needles and the training
-    records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
-    cells = found["needle"]["cells"] if "needle" in found else []
-    warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
-    save("eval.png", pictures.draw_results, cells, records, warmup_end)
-    # 2. the other parts
-    if "perplexity" in found:
-        save("perplexity.png", pictures.draw_positions, perplexity.curves(found["perplexity"]))
-    if "attention" in found:
-        save("attention.png", pictures.draw_attention, found["attention"])
-    if cells := ruler.all_cells(found):
+    if "perplexity" in measured:
+        save("perplexity.png", pictures.draw_positions, perplexity.curves(measured["perplexity"]))
+    if "attention" in measured:
+        save("attention.png", pictures.draw_attention, measured["attention"])
+    if cells := ruler.all_cells(measured):
         save("ruler.png", pictures.draw_ruler, cells)
-    # 3. one needle
+    if "needle" not in measured:
+        return
+    found = measured["needle"]
+    records = [record for record, _ in read_log(os.path.join(cfg.out_dir, "log.jsonl"))]
+    warmup_end = subject.trained.get("index_warmup_iters", 0) if subject.model.config.sparse else 0
+    save("eval.png", pictures.draw_results, found["cells"], records, warmup_end)
     try:
-        if "needle" not in found:
-            return
-        layers, place = inspection.needle_selection(subject, found["needle"])
-        save("selection.png", pictures.draw_selection, layers, place)
+        layers, place = inspection.needle_selection(subject, found)
     except UserError as e:
         say(f"no selection.png: {e}")
+    else:
+        save("selection.png", pictures.draw_selection, layers, place)
 
 
 def main(argv):

@@ -55,6 +55,7 @@ def last_word(text, tokenizer):
     text; encoded on its own it may have others, which the model has never seen there. Other blanks
     before the word are moved to it, since they may be one token with its own blank.
     """
+    text = text.rstrip()
     context, _, word = text.rpartition(" ")
     context = context.rstrip()
     whole = tokenizer.encode(text if context else " " + word)
@@ -107,5 +108,4 @@ def show(result):
 
 
 def summary(result):
-    found = {"lambada_accuracy": result["accuracy"], "lambada_perplexity": result["perplexity"]}
-    return {name: value for name, value in found.items() if value is not None}  # beyond floats
+    return {"lambada_accuracy": result["accuracy"], "lambada_perplexity": result["perplexity"]}

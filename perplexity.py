@@ -18,16 +18,18 @@ SETTINGS = "data lengths max_tokens stride"
 
 def check(cfg, subject):
     """Refuse what cannot be measured, short of the network. Raises UserError."""
-    shortest = min(context_lengths(subject))
-    if cfg.stride > shortest:
-        raise UserError(f"stride {cfg.stride} must lie in the context, 1 to {shortest}")
+    context_lengths(cfg, subject)
     for name in subject.text_names():
         if kind_of_text(name) != "preset":
             text(cfg, subject, name)
 
 
-def context_lengths(subject):
-    return subject.lengths() or [subject.T]
+def context_lengths(cfg, subject):
+    """The lengths to measure at. Raises UserError for a stride that passes tokens over."""
+    lengths = subject.lengths() or [subject.T]
+    if cfg.stride > min(lengths):
+        raise UserError(f"stride {cfg.stride} must lie in the context, 1 to {min(lengths)}")
+    return lengths
 
 
 def text(cfg, subject, name):
@@ -39,23 +41,29 @@ def text(cfg, subject, name):
 
 
 def measure(cfg, subject):
+    """
+    Returns texts, the names of all that were asked for; rows, for each text and context length what
+    `perplexity` returns; and skipped, {text: why it cannot be read}. Raises UserError.
+    """
+    lengths = context_lengths(cfg, subject)
+    names = subject.text_names()
     rows = []
     skipped = {}
-    for name in subject.text_names():
+    for name in names:
         try:
             ids = text(cfg, subject, name)
         except UserError as e:  # no network, for example
             skipped[name] = str(e)
             continue
         documents = Documents(ids, subject.tokenizer)
-        for length in context_lengths(subject):
+        for length in lengths:
             stride = cfg.stride or max(1, length // 2)
             row = perplexity(subject.model, ids, documents, length, stride, subject.batcher,
                              subject.doc_mask, f"perplexity of {name} at {length} tokens")
             rows.append({"text": name, "length": length, "stride": stride, **row})
     if not rows:
         raise UserError("; ".join(skipped.values()))
-    return {"rows": rows, "skipped": skipped}
+    return {"texts": names, "rows": rows, "skipped": skipped}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -217,7 +225,8 @@ def losses(model, ids, documents, length, stride, batcher, doc_mask=True, title=
 def perplexity(model, ids, documents, length, stride, batcher, doc_mask=True, title="perplexity"):
     """
     Every token of ids but the first is predicted, once, with at least length - stride tokens of
-    context; it has fewer only at the start of ids and of documents. Arguments: see losses.
+    context; it has fewer only at the start of ids and of documents. stride is at most length.
+    Other arguments: see losses.
 
     Returns a dict: tokens, bytes, words, documents; loss (nats per token), perplexity,
     bits_per_byte, word_perplexity (exp(nats / words)), each with its standard error, *_stderr; and
@@ -249,7 +258,7 @@ def with_error(row, name, digits):
     """ "2.345 ± 0.012" """
     value, error = row[name], row[f"{name}_stderr"]
     if value is None:
-        return "beyond floats"
+        return "not finite"
     form = f".{digits}f" if value < 1e6 else ".2e"
     if error is None:
         return f"{value:{form}}"
@@ -257,8 +266,9 @@ def with_error(row, name, digits):
 
 
 def curves(result):
-    """{text: by_position at the longest context}"""
-    return {row["text"]: row["by_position"] for row in result["rows"]}  # the lengths rise
+    """{text: by_position at the longest context, without losses that are not finite}"""
+    return {row["text"]: [bucket for bucket in row["by_position"] if bucket["loss"] is not None]
+            for row in result["rows"]}  # the lengths rise
 
 
 def show(result):
@@ -289,12 +299,10 @@ def show(result):
 
 
 def summary(result):
-    """Of each text at the longest context; the first one's names are plain."""
+    """Of each text at the longest context; those of the first that was asked for have no suffix."""
     found = {}
-    longest = {row["text"]: row for row in result["rows"]}
-    for i, (name, row) in enumerate(longest.items()):
-        of = f"_of_{name}" if i else ""
+    for row in result["rows"]:  # the lengths rise
+        of = "" if row["text"] == result["texts"][0] else f"_of_{row['text']}"
         for number in ("perplexity", "bits_per_byte"):
-            if row[number] is not None:  # beyond floats
-                found[number + of] = row[number]
+            found[number + of] = row[number]
     return found

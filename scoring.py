@@ -11,6 +11,7 @@ Ids come as 1-D numpy arrays. A prompt that is to be read as a document begins w
 import os
 import time
 from collections import Counter
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -77,22 +78,36 @@ class Batcher:
         waiting = sorted(range(len(items)), key=place)
         results = [None] * len(items)
         while waiting:
-            n = self.rows or max(1, self.tokens // max(1, lengths[waiting[0]]))
-            batch = waiting[:n]
+            batch, longest = self.next_batch(waiting, lengths)
             try:
                 found = work([items[i] for i in batch])
             except torch.cuda.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
+                found = None
+            if found is None:  # only here does no traceback hold tensors any more
                 torch.cuda.empty_cache()
-                self.halve(len(batch), lengths[batch[0]])
+                self.halve(len(batch), longest)
                 continue
             for i, result in zip(batch, found, strict=True):
                 results[i] = result
-            waiting = waiting[n:]
+            waiting = waiting[len(batch):]
             if progress:
                 progress.step(len(batch))
         return results
+
+    def next_batch(self, waiting, lengths):
+        """The first of the waiting items, as many as fit, and the longest length among them."""
+        if self.rows:
+            batch = waiting[:self.rows]
+            return batch, max(lengths[i] for i in batch)
+        n = longest = 0
+        for i in waiting:  # a new group may begin with an item that is longer than those before it
+            grown = max(longest, lengths[i])
+            if n and (n + 1) * grown > self.tokens:
+                break
+            n, longest = n + 1, grown
+        return waiting[:n], longest
 
     def halve(self, n, length):
         """Batches of n rows of this length do not fit."""
@@ -139,11 +154,8 @@ def score_batch(model, contexts, continuations):
     """score, in one batch. What all contexts begin with is computed once, each context once."""
     device = model.embed.weight.device
     n = len(contexts)
-    counts = torch.tensor([len(row) for row in continuations], device=device)  # (n,)
-    flat = [to_ids(c) for row in continuations for c in row]  # N of them
-    targets = pad_sequence(flat, batch_first=True, padding_value=-1).to(device)  # (N, longest)
-    longest = targets.size(1)
     lengths = torch.tensor([len(c) for c in contexts], device=device)  # (n,)
+    longest = max(len(c) for row in continuations for c in row)
     # 1. what all contexts begin with; each keeps a token of its own
     cache = KVCache(1, int(lengths.max()) + longest, device)
     shared = len(os.path.commonprefix([c.tolist() for c in contexts]))
@@ -154,20 +166,23 @@ def score_batch(model, contexts, continuations):
     # 2. the rest of each context, padded on the right, where no token sees the padding
     rest = pad_sequence([to_ids(c[shared:]) for c in contexts], batch_first=True).to(device)
     x = model.trunk(rest, cache=cache)[0]  # (n, T, C)
-    x = x[torch.arange(n, device=device), lengths - shared - 1]  # (n, C)
-    cache.length = lengths
-    # 3. its continuations, on copies of its cache
-    x = x.repeat_interleave(counts, 0)[:, None]  # (N, 1, C)
-    if longest > 1:
-        cache.repeat(counts)
-        more = model.trunk(targets[:, :-1].clamp(min=0), cache=cache)[0]  # (N, longest - 1, C)
-        x = torch.cat((x, more), 1)  # (N, longest, C)
-    # 4. the scores
-    likelihood, greedy = token_scores(model, x, targets)
-    likelihood = likelihood.sum(1).tolist()  # (N,)
-    greedy = (greedy | (targets < 0)).all(1).tolist()  # (N,)
-    scores = iter(map(Score, likelihood, greedy))
-    return [[next(scores) for _ in row] for row in continuations]
+    last = x[torch.arange(n, device=device), lengths - shared - 1][:, None]  # (n, 1, C)
+    # 3. the continuations: the first of every context, then the second, … Each overwrites the one
+    #    before it in the cache. A context that has no more of them gets an empty one
+    columns = []
+    for column in zip_longest(*continuations, fillvalue=()):
+        targets = pad_sequence([to_ids(c) for c in column], batch_first=True, padding_value=-1)
+        targets = targets.to(device)  # (n, longest)
+        x = last
+        if targets.size(1) > 1:
+            cache.length = lengths
+            more = model.trunk(targets[:, :-1].clamp(min=0), cache=cache)[0]  # (n, longest - 1, C)
+            x = torch.cat((last, more), 1)  # (n, longest, C)
+        likelihood, greedy = token_scores(model, x, targets)
+        likelihood = likelihood.sum(1).tolist()  # (n,)
+        greedy = (greedy | (targets < 0)).all(1).tolist()  # (n,)
+        columns.append(list(map(Score, likelihood, greedy)))
+    return [list(row)[:len(given)] for row, given in zip(zip(*columns), continuations)]
 
 
 def score(model, contexts, continuations, batcher, progress=None):
@@ -177,7 +192,7 @@ def score(model, contexts, continuations, batcher, progress=None):
     Returns for each context a list of Scores, one per continuation.
     """
     items = list(zip(contexts, continuations))
-    lengths = [(len(context) + max(map(len, row))) * len(row) for context, row in items]
+    lengths = [len(context) + max(map(len, row)) for context, row in items]
     # Contexts that begin alike, as examples of one few-shot task do, are batched together
     begins = [tuple(context[:64].tolist()) for context in contexts]
     times = Counter(begins)

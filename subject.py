@@ -25,6 +25,7 @@ class Subject:
     trained            the settings of the training, a dict
     T                  the model's context in tokens
     tokenizer, doc_mask, device
+    dtype              the precision, also where cfg.dtype does not say it: see device.precision
     batcher            what scoring.score and scoring.answer take
     Raises UserError.
     """
@@ -32,6 +33,7 @@ class Subject:
     def __init__(self, cfg):
         self.cfg = cfg
         self.device = use_device(cfg.device)
+        self.dtype = cfg.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
         longer = {"block_size": cfg.block_size, "rope_scaling": cfg.rope_scaling}
         changes = {name: value for name, value in longer.items() if value}
         self.model, self.checkpoint = load_model(cfg.out_dir, self.device, cfg.backend,

@@ -42,16 +42,27 @@ def meta_checksum(meta):
 
 
 def identify(name):
-    """What tells a text from another one of this name, for eval.json."""
-    kind = kind_of_text(name)
-    if kind == "folder":
-        meta = read_meta(name)
-        return meta and meta_checksum(meta)
-    if kind == "files":
+    """
+    What tells a text, or a file, from another one of this name, for eval.json: the checksum of its
+    content; of a preset the name. Raises UserError.
+    """
+    if os.path.isfile(name):
+        paths = [name]
+    elif kind_of_text(name) == "files":
         from sources import local_files
         paths = local_files(name)
-        return {"files": len(paths), "bytes": sum(map(os.path.getsize, paths))}
-    return name
+    elif kind_of_text(name) == "folder":
+        meta = read_meta(name)
+        return meta and meta_checksum(meta)
+    else:
+        return name
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{os.path.getsize(path)} bytes: ".encode())
+        with open(path, "rb") as f:
+            while part := f.read(1 << 20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def open_text(name, tokenizer, instead, source=""):

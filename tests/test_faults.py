@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -28,8 +29,10 @@ import eval as evaluation
 import inspection
 import localfiles
 import outdir
+import perplexity
 import prepare
 import ranks as ranks_module
+import results
 import sample as sampling
 import sources
 import train
@@ -1212,6 +1215,80 @@ def test_parts_that_are_done_are_kept_when_a_later_one_fails(out, monkeypatch):
     saved = strict((out / "eval.json").read_text())
     saved = saved["results"]
     assert saved["perplexity"]["rows"][0]["loss"] > 0 and len(saved["needle"]["cells"]) == 1
+
+
+def test_only_a_result_of_the_same_checkpoint_settings_and_data_is_kept(out, tmp_path, monkeypatch):
+    measured = []
+    real = perplexity.measure
+    monkeypatch.setattr(perplexity, "measure", lambda *a: measured.append(1) or real(*a))
+    text = tmp_path / "a.txt"
+    text.write_text("a text of some words")
+
+    def is_measured(**more):
+        how = dict(out_dir=str(out), data=str(text), tasks="perplexity", plot=False) | more
+        evaluation.evaluate(evaluation.EvalConfig(**how))
+        return len(measured) > 0 and measured.clear() is None
+    assert is_measured()
+    assert not is_measured() and not is_measured(batch_size=1) and not is_measured(seeds=1)
+    assert not is_measured(dtype="float32")  # what it is on a CPU
+    assert is_measured(again=True)
+    assert is_measured(stride=3) and is_measured(dtype="bfloat16") and is_measured(block_size=64)
+    assert is_measured() and is_measured(checkpoint="2") and is_measured()
+    text.write_text("a text of same words")  # as long as before
+    assert is_measured()
+    content = strict((out / "eval.json").read_text())
+    for damaged in ("", "[]", json.dumps(content | {"version": 1})):
+        (out / "eval.json").write_text(damaged)
+        assert is_measured()
+
+
+class Part:
+    """A part of eval.py that depends on a haystack."""
+    SETTINGS = "haystack"
+
+    def summary(self, result):
+        return result
+
+
+def open_results(folder, step=1, **settings):
+    how = evaluation.EvalConfig(out_dir=str(folder), **settings)
+    subject = types.SimpleNamespace(facts=lambda: {"step": step}, dtype="float32")
+    return results.Results(how, subject, lambda name: Part())
+
+
+def test_two_evaluations_at_once_keep_each_others_results(tmp_path):
+    first, second = open_results(tmp_path), open_results(tmp_path)
+    first.put("a", Part(), {"x": 1}, 0)
+    second.put("b", Part(), {"y": 2}, 0)
+    first.skip("c", "a reason")
+    found = open_results(tmp_path)
+    assert found.content["results"] == {"a": {"x": 1}, "b": {"y": 2}}
+    assert found.content["summary"] == {"x": 1, "y": 2} and list(found.content["skipped"]) == ["c"]
+    other = open_results(tmp_path, step=2)
+    other.put("b", Part(), {"y": 3}, 0)
+    first.put("c", Part(), {"z": 4}, 0)  # of another checkpoint: what it has is written anew
+    assert list(open_results(tmp_path).content["results"]) == ["a", "b", "c"]
+
+
+def test_a_changed_haystack_of_the_same_name_and_size_is_measured_anew(tmp_path):
+    hay = tmp_path / "hay.txt"
+    hay.write_text("one text")
+    found = open_results(tmp_path, haystack=str(hay))
+    found.put("a", Part(), {"x": 1}, 0)
+    assert open_results(tmp_path, haystack=str(hay)).kept("a", Part())
+    hay.write_text("two text")
+    assert open_results(tmp_path, haystack=str(hay)).kept("a", Part()) is None
+
+
+def test_a_number_that_is_not_finite_is_in_no_summary(tmp_path):
+    found = open_results(tmp_path)
+    found.put("a", Part(), {"x": math.nan, "y": 2, "z": None}, 0)
+    assert found.content["summary"] == found.summary_of("a") == {"y": 2}
+
+
+def test_a_read_only_run_is_refused_before_anything_is_measured(out, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    refused(lambda: evaluation.evaluate(evaluation.EvalConfig(out_dir=str(out))), "is read-only")
 
 
 # ---- 25. small things

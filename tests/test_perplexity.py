@@ -102,8 +102,7 @@ def naive_losses(model, ids, length, stride, doc_mask):
         start += stride
 
 
-@pytest.mark.parametrize("doc_mask", [True, False])
-@pytest.mark.parametrize("arm", list(ARMS))
+@pytest.mark.parametrize("arm,doc_mask", [*((arm, True) for arm in ARMS), ("gsa", False)])
 def test_losses_equal_those_of_one_token_at_a_time(arm, doc_mask):
     """In all, by document and by the tokens seen; every token once, with enough context."""
     model = fresh_model(arm)
@@ -243,17 +242,19 @@ def test_a_perplexity_beyond_floats_is_infinite(capsys):
     got = perplexity.perplexity(model, ids, Documents(ids, BYTES), 32, 16, Batcher())
     assert got["loss"] > 710 and got["perplexity"] == math.inf
     row = {"text": "x", "length": 32, "stride": 16, **got}
-    result = json.loads(configurator.to_json({"rows": [row], "skipped": {}}))
+    result = json.loads(configurator.to_json({"texts": ["x"], "rows": [row], "skipped": {}}))
     assert result["rows"][0]["perplexity"] is None
     perplexity.show(result)
-    assert "beyond floats" in capsys.readouterr().out
-    assert list(perplexity.summary(result)) == ["bits_per_byte"]
+    assert "not finite" in capsys.readouterr().out
+    summary = perplexity.summary(result)
+    assert summary == {"perplexity": None, "bits_per_byte": pytest.approx(got["bits_per_byte"])}
 
 
 def test_the_curves_hold_the_losses_and_their_errors():
     plt = pytest.importorskip("matplotlib.pyplot")
     buckets = [{"from": 1, "to": 2, "loss": 3.0, "loss_stderr": 0.5, "count": 4},
-               {"from": 3, "to": 4, "loss": 2.0, "loss_stderr": None, "count": 2}]
+               {"from": 3, "to": 4, "loss": 2.0, "loss_stderr": None, "count": 2},
+               {"from": 5, "to": 8, "loss": None, "loss_stderr": None, "count": 2}]  # not finite
     rows = [{"text": "a", "by_position": []}, {"text": "a", "by_position": buckets}]
     figure = pictures.draw_positions(plt, perplexity.curves({"rows": rows}))
     line, _, (bars,) = figure.axes[0].containers[0]
@@ -308,14 +309,20 @@ def no_network(*args, **kwargs):
 def test_without_network_a_preset_is_skipped_and_the_rest_is_measured(out, demo, monkeypatch,
                                                                      capsys):
     monkeypatch.setattr(datasets, "load_dataset", no_network)
-    found = evaluate(out, data=f"wikitext-103,{demo}", max_tokens=100)["results"]["perplexity"]
+    result = evaluate(out, data=f"wikitext-103,{demo}", max_tokens=100)
+    # a plain "perplexity" is that of the first text: beside a run that had it, it would be compared
+    assert f"perplexity_of_{demo}" in result["summary"]
+    assert "perplexity" not in result["summary"]
+    found = result["results"]["perplexity"]
     assert [row["text"] for row in found["rows"]] == [demo]
     reason = found["skipped"]["wikitext-103"]
     assert reason == ("cannot load Salesforce/wikitext: cannot reach it. Without network: give "
                       "--data=FILE, a .txt, .jsonl or .parquet")
     assert f"wikitext-103 skipped: {reason}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="not measured, for the reasons above: perplexity"):
-        evaluate(out, data="c4", tasks="perplexity")
+    monkeypatch.setattr(evaluation, "DEFAULT", "stability")
+    for tasks in ("perplexity", ""):
+        with pytest.raises(UserError, match="not measured, for the reasons above: perplexity"):
+            evaluate(out, data="c4", tasks=tasks)
     assert "perplexity skipped: cannot load allenai/c4: cannot reach it." in capsys.readouterr().out
 
 
@@ -370,6 +377,8 @@ def test_a_text_that_cannot_be_read_is_one_line_before_anything_is_measured(out,
 def test_a_stride_longer_than_a_context_is_refused(out):
     refused(lambda: evaluate(out, stride=9, lengths="8,32"),
             "stride 9 must lie in the context, 1 to 8")
+    # where it is not asked for it is skipped, not measured without every ninth token
+    assert "perplexity" in evaluate(out, stride=9, lengths="8,32", tasks="stability")["skipped"]
 
 
 # ---- LAMBADA
@@ -441,6 +450,8 @@ def test_passages_are_cut_as_lm_eval_cuts_them():
         assert (context.tolist(), word.tolist()) == tuple(map(list, expected))
     context, word = lambada.last_word("alone", tokenizer)
     assert len(context) == 0 and tokenizer.decode(word) == " alone"
+    context, word = lambada.last_word("with blanks \n", tokenizer)  # behind it: they are no word
+    assert tokenizer.decode(word) == " blanks"
 
 
 def test_lambada_from_a_file_and_from_the_hub(out, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """scoring.py: batches, log-likelihoods with shared prefixes, answers."""
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_a_common_beginning_is_computed_once(monkeypatch):
     assert computed == [30, 4]  # what all share, then the last token of each
 
 
+def test_a_context_takes_the_same_memory_with_many_continuations(monkeypatch):
+    """Two contexts that fit into a batch do so with four continuations each, as two rows."""
+    model = make("dense")
+    rows = []
+    trunk = model.trunk
+
+    def counting(idx, *args, **how):
+        rows.append(len(idx))
+        return trunk(idx, *args, **how)
+    monkeypatch.setattr(model, "trunk", counting)
+    batcher = scoring.Batcher()
+    batcher.tokens = 2 * 12
+    scoring.score(model, [np.arange(10), np.arange(50, 60)], [[np.array([1, 2])] * 4] * 2, batcher)
+    assert rows == 5 * [2]  # the contexts, then one continuation of each after the other
+
+
 def test_the_logits_of_a_part_at_a_time_give_the_same_scores(monkeypatch):
     model = make("dense")
     x = torch.randn(3, 5, 32, dtype=torch.double)
@@ -133,6 +150,20 @@ def test_batches_halve_on_a_full_gpu_and_results_keep_their_order():
         assert tried == [16, 8, 4, 4, 4, 4, 4]
 
 
+def test_what_a_batch_that_did_not_fit_held_is_free_before_the_next_is_tried(monkeypatch):
+    held, freed = [], []
+
+    def work(batch):
+        tensor = torch.zeros(1)
+        if len(batch) > 1:
+            held.append(weakref.ref(tensor))
+            raise torch.cuda.OutOfMemoryError("full")
+        return batch
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(held[-1]() is None))
+    assert scoring.Batcher(2).run(work, [1, 2], [10, 10]) == [1, 2]
+    assert freed == [True]
+
+
 def test_a_single_row_that_does_not_fit_ends_the_work():
     def work(batch):
         raise torch.cuda.OutOfMemoryError("full")
@@ -152,6 +183,20 @@ def test_batches_hold_similar_lengths_longest_first_and_groups_together():
     batches.clear()
     scoring.Batcher(2).run(work, list("abcd"), lengths, groups=[2, 1, 1, 2])
     assert batches == [["b", "c"], ["d", "a"]]
+
+
+def test_a_batch_of_short_items_takes_no_long_one_of_the_next_group():
+    """Six items of 1 to 2 tokens would let 10 of the next group's items of 10 tokens in."""
+    sizes = []
+
+    def work(batch):
+        sizes.append(len(batch) * max(batch))
+        return batch
+    lengths = [1, 1, 2, 1, 2, 1] + 10 * [10]
+    batcher = scoring.Batcher()
+    batcher.tokens = 32
+    assert batcher.run(work, lengths, lengths, groups=6 * [1] + 10 * [2]) == lengths
+    assert sizes == [12, 30, 30, 30, 10]
 
 
 # -----------------------------------------------------------------------------
@@ -189,6 +234,10 @@ def test_answers_end_at_a_stop_a_separator_or_the_limit(scripted):
 def test_the_earliest_of_two_stops_counts_and_may_span_tokens(scripted):
     found, = scripted.answer(["a. Q: b\n"], [8], [["\n", "Q", ". Q"]])  # both are there with "Q"
     assert found == ("a", True)
+    # a letter of two tokens, as a stop and cut by the limit
+    two_bytes = "ä".encode().decode("latin-1")
+    found = scripted.answer([f"a{two_bytes}b"] * 2, [9, 2], [["ä"], ["ä"]])
+    assert found == [("a", True), ("a\ufffd", False)]
 
 
 def test_answers_are_what_greedy_decoding_writes(model):

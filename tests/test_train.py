@@ -362,8 +362,6 @@ def test_a_run_continues_other_weights_with_a_longer_context(data, tmp_path):
 
 # ---- evaluation
 
-
-
 def test_evaluate_end_to_end(data, tmp_path, capsys):
     train.train(config(data, tmp_path, max_iters=2))
     result = quick_evaluation(tmp_path, max_tokens=500, samples=2, seeds=2, depths=2,
@@ -375,8 +373,10 @@ def test_evaluate_end_to_end(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bits/byte" in printed and "summary" in printed
     assert (tmp_path / "eval.png").exists() or "matplotlib is not installed" in printed
-
-
+    # what was kept at another context is neither drawn nor shown
+    quick_evaluation(tmp_path, max_tokens=500, tasks="stability", block_size=40,
+                     lengths="")
+    assert "needle" not in capsys.readouterr().out
 
 
 def test_progress_is_a_line_in_a_log_file_and_then_one_every_ten_seconds(capsys, monkeypatch):

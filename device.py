@@ -36,11 +36,15 @@ def precision(device, dtype):
     On a GPU, products that stay in fp32 are computed as TF32: the attention kernels have too few
     registers for exact fp32 products.
     """
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
+    if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16,
+                          enabled=dtype_of(device, dtype) == "bfloat16")
+
+
+def dtype_of(device, dtype):
+    """The dtype to compute in, where "" leaves the choice to the device: see precision."""
+    return dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def check_backend(backend, device):

@@ -122,10 +122,7 @@ class KVCache:
         return buffer
 
     def repeat(self, n):
-        """
-        Repeat every row n times, in place, to continue one prompt in n ways. n: a number, or
-        a tensor (B,) of one for each row.
-        """
+        """Repeat every row n times, in place, to continue one prompt in n ways."""
         self.buffers = {key: x.repeat_interleave(n, 0) for key, x in self.buffers.items()}
         self.length = self.length.repeat_interleave(n, 0)
 

@@ -131,11 +131,13 @@ def least_length(name, length, n_samples, seeds, sources, tokenizer):
 
 class Task:
     """One of the tasks: a part of eval.py."""
-    SETTINGS = "data haystack squad hotpotqa lengths seeds samples"
 
     def __init__(self, name):
         self.name = name
-        self.file = TASKS[name].parameters.get("file")  # a setting that names its questions
+        self.file = TASKS[name].parameters.get("file", "")  # a setting that names its questions
+        self.in_essay = TASKS[name].parameters.get("haystack") == "essay"
+        text = "data haystack" if self.in_essay else ""
+        self.SETTINGS = f"lengths seeds samples {text} {self.file}"
 
     def check(self, cfg, subject):
         """Refuse what cannot be measured. Raises UserError."""
@@ -158,8 +160,7 @@ class Task:
         sources = Sources(cfg, subject, max(lengths))
         cells = [ruler(subject, self.name, length, cfg.samples, cfg.seeds, sources)
                  for length in lengths]
-        in_essay = TASKS[self.name].parameters.get("haystack") == "essay"
-        return {"cells": cells, "haystack": sources.essay[0] if in_essay else None}
+        return {"cells": cells, "haystack": sources.essay[0] if self.in_essay else None}
 
     def show(self, result):
         entries = []

@@ -13,7 +13,7 @@ import texts
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
 from configurator import UserError, listed
 from data import Data, check_ids
-from device import use_device
+from device import dtype_of, use_device
 from scoring import Batcher
 from settings import TrainConfig
 from tokenizer import open_tokenizer
@@ -25,7 +25,7 @@ class Subject:
     trained            the settings of the training, a dict
     T                  the model's context in tokens
     tokenizer, doc_mask, device
-    dtype              the precision, also where cfg.dtype does not say it: see device.precision
+    dtype              that of the computation, see device.precision
     batcher            what scoring.score and scoring.answer take
     Raises UserError.
     """
@@ -33,7 +33,7 @@ class Subject:
     def __init__(self, cfg):
         self.cfg = cfg
         self.device = use_device(cfg.device)
-        self.dtype = cfg.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32")
+        self.dtype = dtype_of(self.device, cfg.dtype)
         longer = {"block_size": cfg.block_size, "rope_scaling": cfg.rope_scaling}
         changes = {name: value for name, value in longer.items() if value}
         self.model, self.checkpoint = load_model(cfg.out_dir, self.device, cfg.backend,

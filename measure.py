@@ -40,7 +40,7 @@ def attention_sums(q, k, selection):
         bias = selected_bias(selection, tile)  # (1 or B, n, U)
         selected = bias == 0
         full = s.softmax(-1).mean(1)  # (B, n, U)
-        kept = (s + bias[:, None]).softmax(-1).mean(1)  # (B, n, U)
+        kept = s.add_(bias[:, None]).softmax(-1).mean(1)  # (B, n, U)
         # 2. recall of the queries that choose
         mask = visible.mask(tile.queries, tile.begin, tile.end)  # (1 or B, n, U)
         n_visible = mask.sum(-1)  # (1 or B, n)

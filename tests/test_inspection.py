@@ -1,5 +1,6 @@
 """The reports of eval.py on a model's attention and on its training's stability; the pictures."""
 import json
+import math
 import random
 import re
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
 import eval as evaluation
@@ -21,6 +23,7 @@ from attention import Selection, Visible
 from configurator import UserError, to_json
 from data import Data
 from model import ARMS, GSA, Attention, GSAConfig
+from results import as_read
 from tokenizer import Tokenizer
 
 TINY = dict(
@@ -250,6 +253,28 @@ def test_shares_are_means_over_the_queries_of_all_windows():
         assert layers[name] == pytest.approx(stats[name].tolist(), rel=1e-6), name
 
 
+def test_an_activation_that_is_not_finite_is_no_largest_activation():
+    """It is null in eval.json, and the report, its summary and its picture go without it."""
+    model = fresh_model("dense")
+    torch.nn.init.constant_(model.blocks[1].mlp.down.weight, math.nan)
+    report = as_read(inspection.attention(model, np.append(documents([64]), 0), SEPARATOR, 1))
+    finite, none = report["layers"]["max_activation"]
+    assert finite > 0 and none is None
+    inspection.show(report)
+    assert "largest_activation" not in inspection.summary(report)
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close(pictures.draw_attention(plt, report))
+
+
+def test_the_bins_of_k_t_are_equally_wide():
+    """Else a bin of two keys would show twice the share of one of one key. k_t is 4 to 44."""
+    model = fresh_model("gsa", k_max=44)
+    report = inspection.attention(model, np.append(documents([64]), 0), SEPARATOR, 1)
+    edges = report["k_t_histogram"]["edges"]
+    assert set(np.diff(edges)) == {2} and edges[0] == 4 and edges[-2] <= 44 < edges[-1]
+    assert sum(report["k_t_histogram"]["shares"]) == pytest.approx(1)
+
+
 def test_a_closed_gate_is_one_below_a_tenth():
     model = fresh_model("gated")
     gate = model.blocks[0].attn.value_gate.proj  # 16 values
@@ -394,6 +419,17 @@ def test_training_curves_show_losses_validation_recall_and_the_change_of_phase(r
         plt.close(figure)
 
 
+def test_a_heat_map_is_white_where_a_task_was_not_measured_at_a_length():
+    """Tasks of RULER may have been measured one after the other, at other lengths."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    cells = [("vt", {"length": 512, "scores": [100, 50]}), ("vt", {"length": 1024, "least": 900}),
+             ("cwe", {"length": 256, "scores": [20]})]
+    figure = pictures.draw_ruler(plt, cells)
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert shown == {(1, 0): "75", (0, 1): "20"}  # column: 256, 512, 1024; row: vt, cwe
+    plt.close(figure)
+
+
 def test_the_picture_of_the_selection_holds_what_the_layers_compute(demo):
     """Masses are full attention, the selected keys are k_t, the needle's place holds its key."""
     model = fresh_model("gsa")
@@ -402,7 +438,10 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(demo):
     subject = SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu", data=Data(demo),
                               val=np.asarray(Data(demo).val),
                               cfg=evaluation.EvalConfig())
-    layers, place = inspection.needle_selection(subject, {"cells": [{"length": 48}]})
+    cells = [{"length": 32}, {"length": 48}, {"length": 4096}]  # the last in a longer context
+    with pytest.raises(UserError, match="no needle was measured in a context of 64 tokens"):
+        inspection.needle_selection(subject, {"cells": cells[2:]})
+    layers, place = inspection.needle_selection(subject, {"cells": cells})
     ids, _, _ = needle.needle_prompt(hay, tokenizer, 48, 0.5, needle.longest_answer(),
                                      random.Random(0))
     assert len(ids) == 48 - 4  # less the answer
@@ -436,3 +475,36 @@ def test_the_mass_of_the_picture_is_full_attention():
     one_hot = torch.eye(9, dtype=torch.double)[None, :, None]  # (B, S, G, S)
     o, _ = attention.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
     np.testing.assert_allclose(mass, o[0, -1].mean(0).detach().numpy(), atol=1e-6, rtol=1e-5)
+
+
+def test_the_picture_of_one_query_takes_no_matrix_of_all_queries():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.layout == torch.strided:
+                self.numel = max(self.numel, out.numel())
+            return out
+    largest = {}
+    for T in (1024, 2048):
+        model = fresh_model("gsa", block_size=T)
+        with Largest() as seen:
+            inspection.last_query(model, np.arange(T) % 256)
+        largest[T] = seen.numel
+    assert largest[2048] < 2.5 * largest[1024]  # T² would be 4 times as much
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_under_bfloat16_autocast_the_reports_numbers_are_nearly_the_same(arm):
+    model = fresh_model(arm).float()
+    ids = np.append(documents([64]), 0)
+    exact = inspection.attention(model, ids, SEPARATOR, 1)["layers"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = inspection.attention(model, ids, SEPARATOR, 1)["layers"]
+        if model.config.sparse:
+            (mass, _), *_ = inspection.last_query(model, ids[:64])
+            assert mass.sum() == pytest.approx(1, abs=0.05)
+    assert rounded.keys() == exact.keys()
+    for name in ("first_token", "first_four", "max_activation", "visible"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.05), name

@@ -409,12 +409,12 @@ def test_training_curves_show_losses_validation_recall_and_the_change_of_phase(r
     for arm, folder in runs.items():
         records = log(folder, "train") + log(folder, "eval")
         figure = pictures.draw_results(plt, [], records, 3)
-        lines = {line.get_label(): line for line in figure.axes[1].get_lines()}
+        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
         for kind, label in (("train", "loss"), ("eval", "validation loss")):
             assert lines[label].get_xdata().tolist() == [r["step"] for r in log(folder, kind)]
             assert lines[label].get_ydata().tolist() == [r["loss"] for r in log(folder, kind)]
         assert ("recall" in lines) == (arm == "gsa")
-        vertical = figure.axes[1].get_lines()[-1]
+        vertical = figure.axes[0].get_lines()[-1]
         assert list(vertical.get_xdata()) == [3, 3]
         plt.close(figure)
 

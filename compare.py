@@ -70,9 +70,9 @@ def read_run(folder, find_part):
     wrong = mismatch(content, EVALUATION)
     numbers = {}
     try:
-        for name, result in content["results"].items() if not wrong else ():
-            numbers[name] = {label: float(value)
-                             for label, value in find_part(name).summary(result).items()
+        for name in [] if wrong else content["results"]:
+            summary = find_part(name).summary(content["results"][name])
+            numbers[name] = {label: float(value) for label, value in summary.items()
                              if value is not None}
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         wrong = f"{type(e).__name__} {e} in {name}"

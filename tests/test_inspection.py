@@ -324,7 +324,10 @@ def test_without_a_long_document_the_report_says_so(capsys):
 # ---- stability
 
 def test_the_stability_report_of_a_log_by_hand(capsys):
-    """2,000 steps: the counts are those of the run, the largest numbers those of logged steps."""
+    """
+    2,000 steps: the counts are those of the checkpoint, also of steps behind the last record; the
+    largest numbers are those of logged steps.
+    """
     records = [
         {"kind": "train", "step": 1, "grad_norm": 2.0, "index_grad_norm": 0.5, "skipped": 0,
          "spikes": 0},
@@ -335,27 +338,28 @@ def test_the_stability_report_of_a_log_by_hand(capsys):
          "max_activation/0": 20.0, "max_activation/1": 40.0},
         {"kind": "train", "step": 1990, "grad_norm": 1.0, "index_grad_norm": 0.25, "skipped": 3,
          "spikes": 2},
-        {"kind": "spike", "step": 1995, "loss": 8.0},  # counted by no record
+        {"kind": "spike", "step": 1995, "loss": 8.0},
         {"kind": "eval", "step": 2000, "loss": 2.0, "max_activation/0": 10.0},
     ]
-    report = stability.stability_report(records)
+    counts = stability.Stability(skipped=4, spikes=3).state()
+    report = stability.stability_report(records, 2000, counts)
     assert report == {
-        "steps": 2000, "logged_steps": 3, "spikes": 3, "skipped": 3, "spikes_per_1000_steps": 1.5,
+        "steps": 2000, "logged_steps": 3, "spikes": 3, "skipped": 4, "spikes_per_1000_steps": 1.5,
         "grad_norm": {"value": 7.5, "step": 1000}, "index_grad_norm": {"value": 0.5, "step": 1},
         "max_activation": {"value": 40.0, "step": 1000}}
     stability.show(report)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "stability   of all 2,000 steps: 3 spikes (1.50 per 1,000 steps), 3 skipped steps",
+        "stability   of all 2,000 steps: 3 spikes (1.50 per 1,000 steps), 4 skipped steps",
         "  largest gradient norm of 3 logged steps: 7.5 (step 1,000)",
         "  largest gradient norm of the indexer of 3 logged steps: 0.5 (step 1)",
         "  largest activation in the evaluations: 40 (step 1,000)"]
-    assert stability.summary(report) == {"spikes_per_1000_steps": 1.5, "skipped_steps": 3,
+    assert stability.summary(report) == {"spikes_per_1000_steps": 1.5, "skipped_steps": 4,
                                          "largest_grad_norm": 7.5}
 
 
 def test_stability_of_a_log_without_counts_and_norms(capsys):
     """As an older version wrote it, of a dense model."""
-    report = stability.stability_report([{"kind": "train", "step": 10, "loss": 3.0}])
+    report = stability.stability_report([{"kind": "train", "step": 10, "loss": 3.0}], 10, None)
     assert report["spikes"] is None and report["grad_norm"] is None
     stability.show(report)
     assert "not counted" in capsys.readouterr().out
@@ -364,14 +368,15 @@ def test_stability_of_a_log_without_counts_and_norms(capsys):
 
 def test_stability_counts_up_to_the_checkpoint_and_needs_a_log(tmp_path):
     cfg = SimpleNamespace(out_dir=str(tmp_path))
-    subject = SimpleNamespace(checkpoint={"step": 20})
+    counts = stability.Stability(spikes=2).state()
+    subject = SimpleNamespace(checkpoint={"step": 20, "stability": counts})
     with pytest.raises(UserError, match="there is no log of the training in"):
         stability.measure(cfg, subject)
-    lines = [json.dumps({"kind": "train", "step": step, "spikes": step // 10, "skipped": 0})
+    lines = [json.dumps({"kind": "train", "step": step, "grad_norm": step / 10})
              for step in (10, 20, 30)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     report = stability.measure(cfg, subject)
-    assert report["steps"] == 20 and report["spikes"] == 2
+    assert report["steps"] == 20 and report["spikes"] == 2 and report["grad_norm"]["value"] == 2
 
 
 # ---- pictures

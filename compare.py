@@ -283,8 +283,8 @@ def markdown(table, arms):
             ["parameters", *(f"{arm['parameters']:,}" for arm in table["arms"])],
             ["of them gates and indexer", *(f"{arm['gates_and_indexer']:,}"
                                             for arm in table["arms"])]]
-    for name in training[0]:
-        if name in differing:
+    for name in differing:
+        if ": " not in name:  # else it is a setting of the evaluation
             rows.append([f"≠ {name}", *(found.get(name, ("", "–"))[1] for found in training)])
     for name, values in table["settings"].items():
         rows.append([name, *map(str, values)])

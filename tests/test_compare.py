@@ -227,6 +227,14 @@ def test_an_unfair_comparison_is_refused_or_marked(changes, config, reason, mark
     assert values[a] != values[b]
 
 
+def test_a_difference_that_the_first_arm_says_nothing_of_is_marked_too(tmp_path, capsys):
+    """A resumed run does not say how it began."""
+    folders = [write_run(tmp_path / arm, arm, config=dict(init_from=start))
+               for arm, start in (("dense", "resume"), ("gated", "scratch"), ("gsa", "hf:x"))]
+    compare(folders, find_part, allow_unequal=True, plot=False)
+    assert rows_of(capsys.readouterr().out)["≠ start"] == ["–", "random weights", "trained weights"]
+
+
 def test_of_many_differences_three_are_named(tmp_path):
     a = write_run(tmp_path / "a")
     many = dict(tokens_seen=1, parameters=1, vocabulary="gpt2", data_checksum="1", samples=1)

@@ -232,7 +232,8 @@ def test_a_difference_that_the_first_arm_says_nothing_of_is_marked_too(tmp_path,
     folders = [write_run(tmp_path / arm, arm, config=dict(init_from=start))
                for arm, start in (("dense", "resume"), ("gated", "scratch"), ("gsa", "hf:x"))]
     compare(folders, find_part, allow_unequal=True, plot=False)
-    assert rows_of(capsys.readouterr().out)["≠ start"] == ["–", "random weights", "trained weights"]
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["≠ start"] == ["–", "random weights", "trained weights"]
 
 
 def test_of_many_differences_three_are_named(tmp_path):

@@ -9,19 +9,23 @@ only, and in what SAME_ARM names, are one arm. Writes into the first folder
     compare.json  the same numbers, with those of each run
     compare.png   the training curves of all runs
 Refuses runs that are no fair comparison: that differ in tokens seen, parameters (the gates and the
-indexer aside, which an arm has by definition), data, vocabulary or block size, or in the settings
-that a part of the evaluation was measured with. --unequal compares them all the same and marks what
-they differ in.
+indexer aside, which an arm has by definition), data, vocabulary or block size, in whether they
+began with trained weights, or in the settings that a part of the evaluation was measured with.
+--unequal compares them all the same and marks what they differ in. Other settings, as the learning
+rate, may differ between arms: the table shows them.
 """
 import json
 import math
 import os
+import re
 import shlex
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from statistics import mean, stdev
 
 from configurator import UserError, mismatch, replacing, say, to_json
+from model import ARMS
 from outdir import read_log
 from pictures import draw_comparison, save_picture
 
@@ -31,6 +35,8 @@ from pictures import draw_comparison, save_picture
 SAME_ARM = set("""seed out_dir overwrite keep data init_from log_interval eval_interval eval_iters
     max_skips plot tensorboard wandb wandb_project device backend compile activation_checkpointing
     fsdp dry_run gpus gpu assumed_mfu""".split())
+# Arms differ in these by definition, or unfairly: see facts
+NOT_SHOWN = {"attention", "step", "data", "block_size"}.union(*ARMS.values())
 ANY_EVALUATION = {"backend"}  # settings of eval.py that may differ
 # The shape of an eval.json, see configurator.mismatch
 EVALUATION = {"results": dict, "settings": dict,
@@ -64,9 +70,9 @@ def read_run(folder, find_part):
     wrong = mismatch(content, EVALUATION)
     numbers = {}
     try:
-        for name, result in content["results"].items() if not wrong else ():
-            numbers[name] = {label: float(value)
-                             for label, value in find_part(name).summary(result).items()
+        for name in [] if wrong else content["results"]:
+            summary = find_part(name).summary(content["results"][name])
+            numbers[name] = {label: float(value) for label, value in summary.items()
                              if value is not None}
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         wrong = f"{type(e).__name__} {e} in {name}"
@@ -80,22 +86,37 @@ def read_run(folder, find_part):
 # --------------------------------------------------------------------------------------------------
 # Is it fair?
 
-def facts(run):
-    """What has to be equal: {name: (value that is compared, value that is shown)}."""
+def training_facts(run):
+    """What has to be equal of the trainings: {name: (value, the value in words)}."""
     model = run.model
     found = {}
     for name, value in (("tokens seen", model["tokens_seen"]),
                         ("other parameters", model["parameters"] - model["gates_and_indexer"]),
                         ("block size", model["config"]["block_size"])):
         found[name] = value, f"{value:,}"
-    found["vocabulary"] = model["vocabulary"], model["vocabulary"]
+    found["vocabulary"] = model["vocabulary"], short(model["vocabulary"])
     checksum = model["data_checksum"]
-    found["data"] = checksum, f"{model['data']} (checksum {checksum[:8]})"
+    found["data"] = checksum, f"{model['data']} (checksum {short(checksum)})"
+    init_from = model["config"].get("init_from", "scratch")
+    if init_from != "resume":  # which does not say how the run began
+        start = "trained weights" if start_of(init_from) else "random weights"
+        found["start"] = start, start
+    return found
+
+
+def facts(run):
+    """What has to be equal, of trainings and evaluations: {name: (value, the value in words)}."""
+    found = training_facts(run)
     for part, settings in run.settings.items():
         for name, value in settings.items():
             if name not in ANY_EVALUATION:
-                found[f"{part}: {name}"] = value, repr(value)
+                found[f"{part}: {name}"] = value, short(repr(value))
     return found
+
+
+def short(text):
+    """The text with the first 8 digits of each checksum."""
+    return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{8,}\b", r"\1", text)
 
 
 def unequal(runs):
@@ -137,7 +158,7 @@ def arm_settings(run):
     config = run.model["config"]
     settings = {name: value for name, value in config.items() if name not in SAME_ARM}
     return settings | {"start": start_of(config.get("init_from", "scratch")),
-                       "step": run.model["step"], "data": run.model["data_checksum"][:8]}
+                       "step": run.model["step"], "data": short(run.model["data_checksum"])}
 
 
 def make_arms(runs):
@@ -189,19 +210,25 @@ def difference(arm, first):
 
 def tabulate(arms, differing):
     """
-    compare.json's content. arms: see make_arms; differing: see unequal. "numbers" has an entry for
-    each number of the summaries: its part and, per arm, mean, std and the difference to the
-    first arm, None where no run of the arm has the number.
+    compare.json's content. arms: see make_arms; differing: see unequal. "settings" holds those in
+    which arms differ, a value per arm. "numbers" has an entry for each number of the summaries:
+    its part and, per arm, mean, std and the difference to the first arm, None where no run of the
+    arm has the number.
     """
+    firsts = [runs[0] for runs in arms.values()]
     described = []
     for name, runs in arms.items():
         model = runs[0].model
+        facts_of_arm = {fact: value for fact, (value, _) in training_facts(runs[0]).items()}
         described.append({"name": name, "folders": [run.folder for run in runs],
                           "seeds": [run.model["seed"] for run in runs],
                           "parameters": model["parameters"],
-                          "gates_and_indexer": model["gates_and_indexer"],
-                          **{fact: facts(runs[0])[fact][1] for fact in
-                             ("tokens seen", "block size", "data")}})
+                          "gates_and_indexer": model["gates_and_indexer"], **facts_of_arm})
+    settings = {}
+    for name in arm_settings(firsts[0]):
+        values = [arm_settings(run).get(name) for run in firsts]
+        if name not in NOT_SHOWN and any(value != values[0] for value in values):
+            settings[name] = values
     labels = {(part, label): None for runs in arms.values() for run in runs
               for part, numbers in run.numbers.items() for label in numbers}
     numbers = {}
@@ -216,64 +243,73 @@ def tabulate(arms, differing):
             if column and first:
                 column |= difference(column, first)
         numbers[label] = {"part": part, "arms": columns}
-    return {"arms": described, "numbers": numbers, "unequal": differing}
+    return {"arms": described, "settings": settings, "numbers": numbers, "unequal": differing}
 
 
 # --------------------------------------------------------------------------------------------------
 # The table
 
-def show_value(column):
+# The shares: Student's t beyond 2 with 2, 4 and 8 degrees of freedom
+SIGNS = """Mean ± standard deviation over seeds. * = differs from {first} by more than two standard
+errors of the difference (compare.json has both). Arms that are equal get a * by chance, too: in
+18 % of the rows with two seeds each, in 12 % with three, in 8 % with five."""
+ONE_SEED = """An arm of one seed has no standard deviation: other seeds may differ by more than the
+arms do. Train each arm with three seeds or more (--seed=2 --out_dir=…)."""
+
+
+def show(column, n_seeds):
+    """
+    A number of an arm of n_seeds seeds: "0.6 ± 0.14 *". The * stands for a difference from the
+    first arm of more than two standard errors.
+    """
     if column is None:
         return "–"
-    if column["std"] is None:
-        return f"{column['mean']:.4g} (one seed)"
-    return f"{column['mean']:.4g} ± {column['std']:.2g}"
+    text = f"{column['mean']:.4g}"
+    if column["std"] is not None:
+        text += f" ± {column['std']:.2g}"
+    if column["n"] < n_seeds:  # a seed whose perplexity is infinite, say, has no number
+        text += f" ({column['n']} of {n_seeds})"
+    return text + " *" if column.get("beyond_two") else text
 
 
-def show_difference(column):
-    if column is None or "difference" not in column:
-        return "–"
-    text = f"{column['difference']:+.4g}"
-    if column["standard_error"] is not None:
-        text += f" ± {column['standard_error']:.2g}"
-    return text + " *" if column["beyond_two"] else text
-
-
-def markdown(table):
-    """compare.md: a column per arm, and one for its difference to the first arm."""
-    arms, differing = table["arms"], table["unequal"]
-
-    def row(label, cells, is_unequal=False, differences=None):
-        """cells: one per arm; differences: the same, of which the first is not shown."""
-        out = ["≠ " + label if is_unequal else label, cells[0]]
-        for i in range(1, len(arms)):
-            out += [cells[i], differences[i] if differences else ""]
-        return out
-
+def markdown(table, arms):
+    """compare.md: a column per arm. table: see tabulate; arms: see make_arms."""
+    differing = table["unequal"]
+    n_seeds = [len(runs) for runs in arms.values()]
+    training = [training_facts(runs[0]) for runs in arms.values()]
     # 1. the rows
-    first = arms[0]["name"]
-    rows = [row("", [arm["name"] for arm in arms], False, [f"minus {first}"] * len(arms)),
-            row("seeds", [str(len(arm["seeds"])) for arm in arms]),
-            row("parameters", [f"{arm['parameters']:,}" for arm in arms],
-                "other parameters" in differing),
-            row("of them gates and indexer", [f"{arm['gates_and_indexer']:,}" for arm in arms])]
-    rows += [row(fact, [arm[fact] for arm in arms], fact in differing)
-             for fact in ("tokens seen", "block size", "data")]
+    rows = [["", *arms],
+            ["seeds", *map(str, n_seeds)],
+            ["parameters", *(f"{arm['parameters']:,}" for arm in table["arms"])],
+            ["of them gates and indexer", *(f"{arm['gates_and_indexer']:,}"
+                                            for arm in table["arms"])]]
+    for name in differing:
+        if ": " not in name:  # else it is a setting of the evaluation
+            rows.append([f"≠ {name}", *(found.get(name, ("", "–"))[1] for found in training)])
+    for name, values in table["settings"].items():
+        rows.append([name, *map(str, values)])
     for label, number in table["numbers"].items():
         measured_differently = any(name.startswith(f"{number['part']}: ") for name in differing)
-        rows.append(row(label.replace("_", " "), list(map(show_value, number["arms"])),
-                        measured_differently, list(map(show_difference, number["arms"]))))
+        mark = "≠ " if measured_differently else ""
+        rows.append([mark + label.replace("_", " "), *map(show, number["arms"], n_seeds)])
     # 2. as wide as their widest cell
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths)) + " |"
              for cells in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    # 3. what the signs mean
-    lines += ["", "mean ± standard deviation over seeds; difference ± its standard error, "
-              "* = beyond two of them"]
+    # 3. what is equal, what the signs mean, and what is not equal
+    equal = [f"{name} {shown}" for name, (_, shown) in training[0].items()
+             if name not in differing]
+    notes = [f"Equal in all runs: {', '.join(equal)}."] if equal else []
+    if max(n_seeds) > 1:
+        notes.append(SIGNS.format(first=table["arms"][0]["name"]))
+    if min(n_seeds) == 1:
+        notes.append(ONE_SEED)
     for name, values in differing.items():
-        lines.append(f"\n≠ {name}: " + ", ".join(f"{folder} {value}"
-                                                 for folder, value in values.items()))
+        held = ", ".join(f"{folder} {value}" for folder, value in values.items())
+        notes.append(f"≠ {name}: {held}")
+    for note in notes:
+        lines += ["", *textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
 
 
@@ -292,7 +328,7 @@ def compare(folders, find_part, allow_unequal=False, plot=True):
     arms = make_arms(runs)
     # 2. the table
     table = tabulate(arms, differing)
-    text = markdown(table)
+    text = markdown(table, arms)
     say(text)
     for name, content in (("compare.md", text), ("compare.json", to_json(table, indent=1))):
         with replacing(os.path.join(folders[0], name)) as f:

@@ -3,7 +3,8 @@ What the attention of a trained model does: where its mass falls, how open the g
 it selects, and whether k_t follows the model's own uncertainty. A part of eval.py, on windows
 spread evenly over the validation text. Its result holds "layers", lists of one number per layer:
 
-    first_token, first_four  share of the attention over S_t on the document's first keys
+    first_token, first_four  share of the attention over S_t on the first keys of the document, or
+                             of the window where it begins inside the document
     recall, recall_best      share of full attention that S_t holds (measure.attention_report)
     visible, k_t             mean number of keys that a query sees, and selects
     value_gate, output_gate  mean value of the gate; …_closed: share of its values below CLOSED
@@ -26,6 +27,7 @@ What a model lacks (gates, an indexer, free queries) is absent. A number that do
 correlation with a constant k_t, is null.
 """
 import contextlib
+import math
 import random
 from collections import defaultdict
 
@@ -37,7 +39,7 @@ from attention import Selection, Visible, attention_probabilities, document_star
 from configurator import UserError, say
 from data import Batches
 from needle import longest_answer, needle_prompt, read_haystack
-from scoring import LOGITS, Progress
+from scoring import LOGITS, Progress, to_ids
 
 SETTINGS = "data attention_windows"
 CLOSED = 0.1  # a gate lets next to nothing through where its value is below this
@@ -64,7 +66,7 @@ class LayerReport:
         self.k_t = []  # of the free queries, an array per window
         self.distances = 0  # (S,), see measure.selection_counts
         self.union = 0  # (2,), the same
-        self.max_activation = 0.0
+        self.max_activation = torch.zeros(()).double()
 
     def before_attention(self, attn, inputs):
         """A hook that sees the normalised input h (1, T, C) of a window, and what is visible."""
@@ -100,7 +102,8 @@ class LayerReport:
 
     def after_block(self, block, inputs, outputs):
         """A hook that sees the residual stream (1, T, C) behind the layer."""
-        self.max_activation = max(self.max_activation, outputs[0].abs().max().item())
+        largest = outputs[0].abs().max().double().cpu()
+        self.max_activation = torch.maximum(self.max_activation, largest)  # of NaN it is NaN
 
     def add(self, name, x):
         self.sums[name] += torch.tensor([x.double().sum().item(), x.numel()])
@@ -140,9 +143,11 @@ def watching(model, reports):
     for block, report in zip(model.blocks, reports, strict=True):
         hooks.append(block.attn.register_forward_pre_hook(report.before_attention))
         hooks.append(block.register_forward_hook(report.after_block))
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
@@ -180,8 +185,10 @@ def attention(model, ids, separator, n_windows, doc_mask=True, device="cpu"):
     if len(entropy):
         k_t = np.concatenate([part for report in reports for part in report.k_t])
         budget = config.budget()
-        edges = np.linspace(budget.k_min, budget.largest + 1, 33).astype(int)
-        result["k_t_histogram"] = formulas.histogram(k_t, np.unique(edges))
+        end = budget.largest + 1
+        width = math.ceil((end - budget.k_min) / 32)  # of a bin, the same for all, in keys
+        edges = np.arange(budget.k_min, end + width, width)
+        result["k_t_histogram"] = formulas.histogram(k_t, edges)
         distances = sum(report.distances for report in reports)  # (S,)
         powers = 2 ** np.arange((len(distances) - 1).bit_length() + 1)
         result["distance_histogram"] = formulas.histogram(np.arange(len(distances)), [0, *powers],
@@ -243,7 +250,9 @@ def summary(result):
     layers = result["layers"]
     labels = {"first_token": "first_token_share", "recall": "index_recall", "k_t": "mean_k_t",
               "k_t_entropy": "k_t_entropy_correlation"}
-    found = {"largest_activation": max(layers["max_activation"])}
+    found = {}
+    if None not in layers["max_activation"]:
+        found["largest_activation"] = max(layers["max_activation"])
     for name, label in labels.items():
         values = layers.get(name, [None])
         if None not in values:
@@ -261,35 +270,39 @@ def last_query(model, ids, device="cpu"):
     mass (T,): what full attention would give each key, mean over the heads.
     selected (T,) bool: the keys that the indexer selects.
     """
-    seen = []
+    layers = []
 
-    def keep_inputs(attn, inputs):
-        seen.append((attn, *inputs))
-    hooks = [block.attn.register_forward_pre_hook(keep_inputs) for block in model.blocks]
-    model.trunk(torch.from_numpy(ids.astype(np.int64))[None].to(device))
+    def look(attn, inputs):
+        h, visible = inputs
+        last = Visible(visible.pos[:, -1:], visible.n_keys)
+        # 1. full attention
+        q, k = attn.queries_and_keys(h, visible.pos)
+        p, _ = attention_probabilities(q[:, -1:], k, last.mask())  # (1, 1, H, T)
+        # 2. the selected keys
+        index = attn.indexer(h, visible.pos)
+        index = index._replace(q=index.q[:, -1:], w=index.w[:, -1:])
+        selection = select(index, last, attn.indexer.budget(), attn.backend)
+        layers.append((p[0, 0].float().mean(0).cpu().numpy(), selection.mask()[0, 0].cpu().numpy()))
+    hooks = [block.attn.register_forward_pre_hook(look) for block in model.blocks]
+    model.trunk(to_ids(ids, device)[None])
     for hook in hooks:
         hook.remove()
-    layers = []
-    for attn, h, visible in seen:
-        q, k = attn.queries_and_keys(h, visible.pos)
-        p, _ = attention_probabilities(q, k, visible.mask())  # (1, T, H, T)
-        index = attn.indexer(h, visible.pos)
-        selection = select(index, visible, attn.indexer.budget(), attn.backend)
-        layers.append((p[0, -1].mean(0).cpu().numpy(), selection.mask()[0, -1].cpu().numpy()))
     return layers
 
 
 def needle_selection(subject, result):
     """
     last_query of a prompt with a needle in its middle, of the longest length in the result of the
-    part "needle". Returns the layers and the needle's place, a slice. Raises UserError where there
-    is nothing to see.
+    part "needle" that fits into the context. Returns the layers and the needle's place, a slice.
+    Raises UserError where there is nothing to see.
     """
     if not subject.model.config.sparse:
         raise UserError("this model has no indexer")
-    if not result["cells"]:
-        raise UserError("no needle was measured")
-    length = max(cell["length"] for cell in result["cells"])
+    T = subject.model.config.block_size
+    lengths = [cell["length"] for cell in result["cells"] if cell["length"] <= T]
+    if not lengths:  # they were measured by an earlier call with a larger --block_size
+        raise UserError(f"no needle was measured in a context of {T} tokens")
+    length = max(lengths)
     _, hay = read_haystack(subject.cfg, subject)
     ids, _, place = needle_prompt(hay, subject.tokenizer, length, 0.5, longest_answer(),
                                   random.Random(0))

@@ -40,14 +40,17 @@ def attention_sums(q, k, selection):
         bias = selected_bias(selection, tile)  # (1 or B, n, U)
         selected = bias == 0
         full = s.softmax(-1).mean(1)  # (B, n, U)
-        kept = (s + bias[:, None]).softmax(-1).mean(1)  # (B, n, U)
+        kept = s.add_(bias[:, None]).softmax(-1).mean(1)  # (B, n, U)
         # 2. recall of the queries that choose
         mask = visible.mask(tile.queries, tile.begin, tile.end)  # (1 or B, n, U)
         n_visible = mask.sum(-1)  # (1 or B, n)
         k_t = selection.k_t[:, tile.queries]  # (B, n)
         choosing = k_t < n_visible
         add("recall", (full * selected).sum(-1), choosing)
-        share_of_best = full.sort(-1, descending=True).values.cumsum(-1)  # (B, n, U)
+        largest = full.size(-1)  # at least the largest k_t
+        if selection.indices is not None:
+            largest = min(largest, selection.indices.size(-1))
+        share_of_best = full.topk(largest).values.cumsum(-1)  # (B, n, largest)
         add("recall_best", share_of_best.gather(2, k_t[..., None] - 1)[..., 0], choosing)
         # 3. the first tokens
         place = mask.cumsum(-1)  # (1 or B, n, U), of a key in its document, from 1

@@ -4,6 +4,7 @@ The pictures: curves.png, which a training run draws, and those of eval.py. They
 
     save_picture("out/selection.png", draw_selection, layers, place)
 """
+import math
 import os
 
 import numpy as np
@@ -47,15 +48,21 @@ def draw_results(plt, cells, records, warmup_end):
     Heat maps of the needle grid, one per kind, and training curves. records: those of the run's
     log.jsonl. warmup_end: the step at which its index warm-up ended, 0 = it had none.
     """
-    kinds = list(dict.fromkeys(c["kind"] for c in cells)) or [""]
-    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=(5.5 * (len(kinds) + 1), 4),
+    kinds = list(dict.fromkeys(c["kind"] for c in cells))
+    n = len(kinds) + 1  # panels, at most three side by side
+    columns = min(n, 3)
+    rows = math.ceil(n / columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(5.5 * columns, 4 * rows), squeeze=False,
                                 layout="constrained")
-    for panel, kind in zip(axes, kinds if cells else []):
+    axes = list(grid.flat)
+    for unused in axes[n:]:
+        unused.remove()
+    for panel, kind in zip(axes, kinds):
         shares = {(c["depth"], c["length"]): c["accuracy"] for c in cells if c["kind"] == kind}
         draw_heat_map(figure, panel, shares, 1, "share of the keys")
         panel.set(xlabel="context length (tokens)", ylabel="depth of the needle",
                   title=f"needle retrieval, {kind}")
-    draw_curves(axes[-1], records, warmup_end)
+    draw_curves(axes[n - 1], records, warmup_end)
     return figure
 
 
@@ -70,15 +77,17 @@ def draw_ruler(plt, cells):
 
 
 def draw_heat_map(figure, axes, values, most, label):
-    """values: {(row, column): number from 0 to `most`, NaN for none}. Columns are sorted."""
+    """values: {(row, column): number from 0 to `most`}, NaN or absent for none; columns sorted."""
     rows = list(dict.fromkeys(row for row, _ in values))
     columns = sorted({column for _, column in values})
-    grid = np.array([[values[row, column] for column in columns] for row in rows])
+    grid = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
     image = axes.imshow(grid, vmin=0, vmax=most, cmap="RdYlGn", aspect="auto")
     figure.colorbar(image, label=label)
     for (i, j), value in np.ndenumerate(grid):
         if not np.isnan(value):
-            axes.text(j, i, f"{value:.3g}", ha="center", va="center")
+            is_dark = abs(value / most - 0.5) > 0.4
+            axes.text(j, i, f"{value:.3g}", ha="center", va="center",
+                      color="white" if is_dark else "black")
     axes.set_xticks(range(len(columns)), columns)
     names = [row if isinstance(row, str) else f"{row:.2f}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
@@ -161,25 +170,26 @@ def draw_attention(plt, result):
     layers = result["layers"]
     shares = {name: layers[name] for name in ("first_token", "first_four")}
     gates = {name: layers[name] for name in ("value_gate", "output_gate") if name in layers}
-    panels = [("attention on the first keys", shares)]
+    panels = [("attention on the first keys", "share of the attention", shares, None)]
     if gates:
-        panels.append(("mean of the gates", gates))
-    histograms = [(title, result[name], label, scale) for title, name, label, scale in (
-        ("budget k_t", "k_t_histogram", "keys", "linear"),
-        ("distance of the selected keys", "distance_histogram", "tokens", "symlog"))
-        if name in result]
+        panels.append(("gates", "mean value (0 closed, 1 open)", gates, 1))
+    histograms = [(title, what, result[name], unit, scale) for title, what, name, unit, scale in (
+        ("budget k_t", "share of the queries", "k_t_histogram", "keys", "linear"),
+        ("distance of the selected keys", "share of the selected keys", "distance_histogram",
+         "tokens (the bins double)", "symlog")) if name in result]
     n = len(panels) + len(histograms)
     figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.5), squeeze=False, layout="constrained")
-    for ax, (title, lines) in zip(axes[0], panels):
+    for ax, (title, what, lines, top) in zip(axes[0], panels):
         for name, values in lines.items():
             ax.plot(values, "o-", label=name.replace("_", " "))
-        ax.set(title=title, xlabel="layer", ylim=(0, None))
+        ax.set(title=title, xlabel="layer", ylabel=what, ylim=(0, top))
         ax.set_xticks(range(0, len(values), 1 + len(values) // 12))
         ax.legend(fontsize="small")
-    for ax, (title, found, label, scale) in zip(axes[0, len(panels):], histograms):
+    for ax, (title, what, found, unit, scale) in zip(axes[0, len(panels):], histograms):
         ax.stairs(found["shares"], found["edges"], fill=True)
         ax.set_xscale(scale)
-        ax.set(title=title, xlabel=label, ylabel="share")
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set(title=title, xlabel=unit, ylabel=what)
     for ax in axes[0]:
         ax.grid(alpha=0.3)
     return figure

@@ -1,12 +1,12 @@
 """
 What goes wrong in a training without ending it: skipped steps and spikes of the loss. train.py
-counts them; eval.py's part "stability" reads what it has logged.
+counts them; eval.py's part "stability" reads what it has counted and logged.
 
     stability = Stability()
     stability.observe(loss=3.2, skipped=False)
     stability.spikes, stability.skipped, stability.in_a_row
 
-    stability_report(records of a log.jsonl)["spikes_per_1000_steps"]
+    stability_report(records of a log.jsonl, step, stability.state())["spikes_per_1000_steps"]
 """
 import os
 from collections import deque
@@ -69,38 +69,31 @@ def check(cfg, subject):
 
 def measure(cfg, subject):
     path = os.path.join(cfg.out_dir, "log.jsonl")
-    records = [record for record, _ in read_log(path)]
-    records = [record for record in records if record["step"] <= subject.checkpoint["step"]]
+    step = subject.checkpoint["step"]
+    records = [record for record, _ in read_log(path) if record["step"] <= step]
     if not any(record.get("kind") == "train" for record in records):
         raise UserError(f"there is no log of the training in {path}")
-    return stability_report(records)
+    return stability_report(records, step, subject.checkpoint.get("stability"))
 
 
-def stability_report(records):
+def stability_report(records, step, counts):
     """
-    The stability of a run, from the records of its log.jsonl, of which one at least is of a step.
+    The stability of a run up to a step. records: those of its log.jsonl up to this step. counts:
+    the Stability.state() of its checkpoint, None from a version that did not count.
     Returns a dict:
-        steps, logged_steps  steps up to the last record; steps that have a record
-        spikes, skipped      counted by the run itself over all steps (see Stability); None in the
-                             log of a version that did not count
+        steps, logged_steps  all steps; steps that have a record
+        spikes, skipped      counted over all steps (see Stability), or None
         spikes_per_1000_steps
         grad_norm, index_grad_norm  the largest of the logged steps, before clipping
         max_activation       the largest of the evaluations: of a layer, mean over the batches
     The last three are {"value", "step"}, None where nothing is logged.
     """
     train = [record for record in records if record.get("kind") == "train"]
-    last = train[-1]
-    steps = max(record["step"] for record in records)
-    report = {"steps": steps, "logged_steps": len(train)}
-    # 1. what the run has counted. Each spike has a record, which may lie behind the last count
-    report["spikes"] = last.get("spikes")
-    report["skipped"] = last.get("skipped")
-    report["spikes_per_1000_steps"] = None
-    if report["spikes"] is not None:
-        report["spikes"] += sum(record.get("kind") == "spike" and record["step"] > last["step"]
-                                for record in records)
-        report["spikes_per_1000_steps"] = 1000 * report["spikes"] / steps
-    # 2. what was seen
+    report = {"steps": step, "logged_steps": len(train),
+              "spikes": None, "skipped": None, "spikes_per_1000_steps": None}
+    if counts:
+        report |= {"spikes": counts["spikes"], "skipped": counts["skipped"],
+                   "spikes_per_1000_steps": 1000 * counts["spikes"] / step}
     for name in ("grad_norm", "index_grad_norm"):
         report[name] = largest(train, name)
     layers = {key for record in records for key in record if key.startswith("max_activation/")}

@@ -5,22 +5,19 @@ import re
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import eval as evaluation
 import pictures
 import train
-from compare import compare
+from compare import SIGNS, compare, difference, mean_and_std
 from configurator import UserError, parse
-
-# Parts of which the result is the summary
-
+from model import ARMS
 
 def find_part(name):
-    """Results in these tests are summaries."""
+    """A part whose results are their own summaries."""
     return SimpleNamespace(summary=lambda result: result)
-
-
 
 
 def write_run(folder, arm="dense", seed=1, needle=0.5, bits=1.0, changes=None, config=None):
@@ -71,13 +68,16 @@ def test_arms_of_three_and_two_seeds_by_hand(tmp_path, capsys):
     assert gsa["standard_error"] == pytest.approx(math.sqrt(1 / 3 + 0.5 / 2))
     assert gsa["beyond_two"] is False
     # what is printed and written, into the first folder
-    rows = rows_of(capsys.readouterr().out)
-    assert rows["accuracy"] == ["0.2 ± 0.1", "0.6 ± 0.14", "+0.4 ± 0.12 *"]
-    assert rows["bits per byte"] == ["2 ± 1", "3.5 ± 0.71", "+1.5 ± 0.76"]
-    assert rows["seeds"] == ["3", "2", ""]
-    assert rows["parameters"] == ["1,000", "1,300", ""]
-    assert rows["of them gates and indexer"] == ["0", "300", ""]
-    assert rows["tokens seen"] == ["409,600", "409,600", ""]
+    text = capsys.readouterr().out
+    rows = rows_of(text)
+    assert rows["accuracy"] == ["0.2 ± 0.1", "0.6 ± 0.14 *"]
+    assert rows["bits per byte"] == ["2 ± 1", "3.5 ± 0.71"]
+    assert rows["seeds"] == ["3", "2"]
+    assert rows["parameters"] == ["1,000", "1,300"]
+    assert rows["of them gates and indexer"] == ["0", "300"]
+    # beside the heading and its rule: nothing else differs
+    assert len(rows) == 7
+    assert "Equal in all runs: tokens seen 409,600, other parameters 1,000, block size 512" in text
     assert rows_of((tmp_path / "dense_1/compare.md").read_text()) == rows
     assert json.loads((tmp_path / "dense_1/compare.json").read_text()) == table
 
@@ -97,8 +97,9 @@ def test_one_seed_has_no_deviation_and_its_difference_no_error(tmp_path, capsys)
     dense, gsa = table["numbers"]["accuracy"]["arms"]
     assert (dense["n"], dense["std"]) == (1, None)
     assert (gsa["standard_error"], gsa["beyond_two"]) == (None, None)
-    rows = rows_of(capsys.readouterr().out)
-    assert rows["accuracy"] == ["0.25 (one seed)", "1 ± 0", "+0.75"]
+    text = capsys.readouterr().out
+    assert rows_of(text)["accuracy"] == ["0.25", "1 ± 0"]
+    assert "An arm of one seed has no standard deviation" in text
 
 
 def test_a_number_that_an_arm_lacks_is_left_out(tmp_path, capsys):
@@ -110,8 +111,59 @@ def test_a_number_that_an_arm_lacks_is_left_out(tmp_path, capsys):
     (tmp_path / "b/eval.json").write_text(json.dumps(content))
     compare([a, b], find_part, plot=False)
     rows = rows_of(capsys.readouterr().out)
-    assert rows["recall"] == ["–", "0.9 (one seed)", "–"]
-    assert rows["bits per byte"] == ["–", "1 (one seed)", "–"]
+    assert rows["recall"] == ["–", "0.9"]
+    assert rows["bits per byte"] == ["–", "1"]
+
+
+def test_a_seed_that_lacks_a_number_is_told(tmp_path, capsys):
+    """The perplexity of a run that diverged is null. The mean is that of the others."""
+    folders = [write_run(tmp_path / f"{i}", "gsa", i, bits=bits)
+               for i, bits in enumerate((1.0, None, 2.0))]
+    compare(folders, find_part, plot=False)
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["bits per byte"] == ["1.5 ± 0.71 (2 of 3)"]
+    assert rows["accuracy"] == ["0.5 ± 0"]
+
+
+def test_equal_arms_get_a_star_as_often_as_the_note_says():
+    """The shares beyond 2 of Student's t: of normal numbers, two arms of n seeds each."""
+    rng = np.random.default_rng(0)
+    for n, share in ((2, 0.18), (3, 0.12), (5, 0.08)):
+        assert f"{share:.0%}".replace("%", " %") in SIGNS
+        stars = 0
+        for values in rng.standard_normal((2000, 2, n)):
+            arm, first = (mean_and_std(list(numbers)) for numbers in values)
+            stars += difference(arm, first)["beyond_two"]
+        assert stars / 2000 == pytest.approx(share, abs=0.025)  # 3 standard deviations
+
+
+def test_settings_in_which_arms_differ_are_shown(tmp_path, capsys):
+    """A dense arm with another learning rate is compared, but not silently."""
+    folders = [write_run(tmp_path / "a", "dense", config=dict(learning_rate=1e-3)),
+               write_run(tmp_path / "b", "gsa", config=dict(learning_rate=3e-3)),
+               write_run(tmp_path / "c", "gated", config=dict(learning_rate=3e-3))]
+    table = compare(folders, find_part, plot=False)
+    rows = rows_of(capsys.readouterr().out)
+    assert table["settings"] == {"learning_rate": [1e-3, 3e-3, 3e-3]}
+    assert rows["learning_rate"] == ["0.001", "0.003", "0.003"]
+    assert "value_gate" not in rows and "attention" not in rows
+
+
+def test_a_table_of_four_arms_and_three_seeds_has_at_most_120_columns(tmp_path, capsys):
+    folders = []
+    for arm in ARMS:
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"{arm}_{seed}"
+            bits = 1.23456 + len(arm) / 7 + seed / 300
+            folders.append(write_run(folder, arm, seed, seed / 7000 + len(arm), bits))
+            content = json.loads((folder / "eval.json").read_text())
+            numbers = content["results"]["needle"]
+            numbers["needle_multiquery_accuracy_at_32768"] = seed / 7
+            (folder / "eval.json").write_text(json.dumps(content))
+    compare(folders, find_part, plot=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert max(map(len, lines)) <= 120
+    assert max(line.count(" *") for line in lines) == 2
 
 
 # ---- what is an arm
@@ -129,7 +181,8 @@ def test_arms_of_one_name_are_told_apart_by_what_they_differ_in(tmp_path):
     b = write_run(tmp_path / "b", "gsa", 1, config=dict(k_base=96))
     c = write_run(tmp_path / "c", "gsa", 1, config=dict(k_base=96, init_from="auto:hf:x"))
     d = write_run(tmp_path / "d", "dense", 1)
-    names = [arm["name"] for arm in compare([a, b, c, d], find_part, plot=False)["arms"]]
+    table = compare([a, b, c, d], find_part, allow_unequal=True, plot=False)
+    names = [arm["name"] for arm in table["arms"]]
     assert names == ["gsa k_base=64 start=", "gsa k_base=96 start=", "gsa k_base=96 start=hf:x",
                      "dense"]
 
@@ -145,10 +198,12 @@ def test_one_seed_given_twice_is_refused(tmp_path):
 
 @pytest.mark.parametrize("changes,config,reason,marked", [
     (dict(tokens_seen=819_200), {}, "tokens seen 409,600 in A, 819,200 in B", "tokens seen"),
-    (dict(parameters=2300), {}, "other parameters 1,000 in A, 2,000 in B", "parameters"),
+    (dict(parameters=2300), {}, "other parameters 1,000 in A, 2,000 in B", "other parameters"),
     (dict(data_checksum="fedcba98"), {}, "data data/demo (checksum 01234567) in A, "
      "data/demo (checksum fedcba98) in B", "data"),
-    (dict(vocabulary="gpt2"), {}, "vocabulary bytes in A, gpt2 in B", None),
+    (dict(vocabulary="gpt2"), {}, "vocabulary bytes in A, gpt2 in B", "vocabulary"),
+    # the tokens that a retrofit has seen are not all of its tokens
+    ({}, dict(init_from="auto:hf:x"), "start random weights in A, trained weights in B", "start"),
     ({}, dict(block_size=1024), "block size 512 in A, 1,024 in B", "block size"),
     (dict(samples=3), {}, "needle: samples 10 in A, 3 in B", "accuracy"),
     (dict(lengths="256"), {}, "needle: lengths '512' in A, '256' in B", "accuracy"),
@@ -166,10 +221,19 @@ def test_an_unfair_comparison_is_refused_or_marked(changes, config, reason, mark
     table = compare([a, b], find_part, allow_unequal=True, plot=False)
     text = capsys.readouterr().out
     labels = [label for label in rows_of(text) if "≠" in label]
-    assert labels == ([f"≠ {marked}"] if marked else [])
+    assert labels == [f"≠ {marked}"]
     (name, values), = table["unequal"].items()
-    assert f"≠ {name}: {a} {values[a]}, {b} {values[b]}" in text
+    assert f"≠ {name}: {a} {values[a]}, {b} {values[b]}" in " ".join(text.split())
     assert values[a] != values[b]
+
+
+def test_a_difference_that_the_first_arm_says_nothing_of_is_marked_too(tmp_path, capsys):
+    """A resumed run does not say how it began."""
+    folders = [write_run(tmp_path / arm, arm, config=dict(init_from=start))
+               for arm, start in (("dense", "resume"), ("gated", "scratch"), ("gsa", "hf:x"))]
+    compare(folders, find_part, allow_unequal=True, plot=False)
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["≠ start"] == ["–", "random weights", "trained weights"]
 
 
 def test_of_many_differences_three_are_named(tmp_path):
@@ -184,6 +248,13 @@ def test_of_many_differences_three_are_named(tmp_path):
 def test_gates_indexer_and_backend_may_differ(tmp_path):
     a = write_run(tmp_path / "a", "dense")
     b = write_run(tmp_path / "b", "gsa", changes=dict(backend="torch"))
+    assert compare([a, b], find_part, plot=False)["unequal"] == {}
+
+
+def test_a_resumed_run_may_have_begun_as_the_others_did(tmp_path):
+    """Its settings do not say how it began."""
+    a = write_run(tmp_path / "a", "dense", config=dict(init_from="hf:x"))
+    b = write_run(tmp_path / "b", "gsa", config=dict(init_from="resume"))
     assert compare([a, b], find_part, plot=False)["unequal"] == {}
 
 
@@ -287,8 +358,8 @@ def test_two_trained_runs_are_evaluated_and_compared(demo, tmp_path, capsys):
     evaluation.main(["--compare", *folders])
     printed = capsys.readouterr().out
     rows = rows_of(printed)
-    assert rows["tokens seen"] == ["768", "768", ""]  # 3 steps of 2 · 2 windows of 64 tokens
-    dense, gsa = (int(cell.replace(",", "")) for cell in rows["parameters"][:2])
+    assert "tokens seen 768," in printed  # 3 steps of 2 · 2 windows of 64 tokens
+    dense, gsa = (int(cell.replace(",", "")) for cell in rows["parameters"])
     assert int(rows["of them gates and indexer"][1]) == gsa - dense
     for name in ("bits per byte", "needle accuracy at 64", "first token share",
                  "skipped steps", "index recall"):

@@ -1,5 +1,6 @@
 """The reports of eval.py on a model's attention and on its training's stability; the pictures."""
 import json
+import math
 import random
 import re
 import sys
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
 import eval as evaluation
@@ -21,6 +23,7 @@ from attention import Selection, Visible
 from configurator import UserError, to_json
 from data import Data
 from model import ARMS, GSA, Attention, GSAConfig
+from results import as_read
 from tokenizer import Tokenizer
 
 TINY = dict(
@@ -250,6 +253,28 @@ def test_shares_are_means_over_the_queries_of_all_windows():
         assert layers[name] == pytest.approx(stats[name].tolist(), rel=1e-6), name
 
 
+def test_an_activation_that_is_not_finite_is_no_largest_activation():
+    """It is null in eval.json, and the report, its summary and its picture go without it."""
+    model = fresh_model("dense")
+    torch.nn.init.constant_(model.blocks[1].mlp.down.weight, math.nan)
+    report = as_read(inspection.attention(model, np.append(documents([64]), 0), SEPARATOR, 1))
+    finite, none = report["layers"]["max_activation"]
+    assert finite > 0 and none is None
+    inspection.show(report)
+    assert "largest_activation" not in inspection.summary(report)
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.close(pictures.draw_attention(plt, report))
+
+
+def test_the_bins_of_k_t_are_equally_wide():
+    """Else a bin of two keys would show twice the share of one of one key. k_t is 4 to 44."""
+    model = fresh_model("gsa", k_max=44)
+    report = inspection.attention(model, np.append(documents([64]), 0), SEPARATOR, 1)
+    edges = report["k_t_histogram"]["edges"]
+    assert set(np.diff(edges)) == {2} and edges[0] == 4 and edges[-2] <= 44 < edges[-1]
+    assert sum(report["k_t_histogram"]["shares"]) == pytest.approx(1)
+
+
 def test_a_closed_gate_is_one_below_a_tenth():
     model = fresh_model("gated")
     gate = model.blocks[0].attn.value_gate.proj  # 16 values
@@ -299,7 +324,10 @@ def test_without_a_long_document_the_report_says_so(capsys):
 # ---- stability
 
 def test_the_stability_report_of_a_log_by_hand(capsys):
-    """2,000 steps: the counts are those of the run, the largest numbers those of logged steps."""
+    """
+    2,000 steps: the counts are those of the checkpoint, also of steps behind the last record; the
+    largest numbers are those of logged steps.
+    """
     records = [
         {"kind": "train", "step": 1, "grad_norm": 2.0, "index_grad_norm": 0.5, "skipped": 0,
          "spikes": 0},
@@ -310,27 +338,28 @@ def test_the_stability_report_of_a_log_by_hand(capsys):
          "max_activation/0": 20.0, "max_activation/1": 40.0},
         {"kind": "train", "step": 1990, "grad_norm": 1.0, "index_grad_norm": 0.25, "skipped": 3,
          "spikes": 2},
-        {"kind": "spike", "step": 1995, "loss": 8.0},  # counted by no record
+        {"kind": "spike", "step": 1995, "loss": 8.0},
         {"kind": "eval", "step": 2000, "loss": 2.0, "max_activation/0": 10.0},
     ]
-    report = stability.stability_report(records)
+    counts = stability.Stability(skipped=4, spikes=3).state()
+    report = stability.stability_report(records, 2000, counts)
     assert report == {
-        "steps": 2000, "logged_steps": 3, "spikes": 3, "skipped": 3, "spikes_per_1000_steps": 1.5,
+        "steps": 2000, "logged_steps": 3, "spikes": 3, "skipped": 4, "spikes_per_1000_steps": 1.5,
         "grad_norm": {"value": 7.5, "step": 1000}, "index_grad_norm": {"value": 0.5, "step": 1},
         "max_activation": {"value": 40.0, "step": 1000}}
     stability.show(report)
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "stability   of all 2,000 steps: 3 spikes (1.50 per 1,000 steps), 3 skipped steps",
+        "stability   of all 2,000 steps: 3 spikes (1.50 per 1,000 steps), 4 skipped steps",
         "  largest gradient norm of 3 logged steps: 7.5 (step 1,000)",
         "  largest gradient norm of the indexer of 3 logged steps: 0.5 (step 1)",
         "  largest activation in the evaluations: 40 (step 1,000)"]
-    assert stability.summary(report) == {"spikes_per_1000_steps": 1.5, "skipped_steps": 3,
+    assert stability.summary(report) == {"spikes_per_1000_steps": 1.5, "skipped_steps": 4,
                                          "largest_grad_norm": 7.5}
 
 
 def test_stability_of_a_log_without_counts_and_norms(capsys):
     """As an older version wrote it, of a dense model."""
-    report = stability.stability_report([{"kind": "train", "step": 10, "loss": 3.0}])
+    report = stability.stability_report([{"kind": "train", "step": 10, "loss": 3.0}], 10, None)
     assert report["spikes"] is None and report["grad_norm"] is None
     stability.show(report)
     assert "not counted" in capsys.readouterr().out
@@ -339,14 +368,15 @@ def test_stability_of_a_log_without_counts_and_norms(capsys):
 
 def test_stability_counts_up_to_the_checkpoint_and_needs_a_log(tmp_path):
     cfg = SimpleNamespace(out_dir=str(tmp_path))
-    subject = SimpleNamespace(checkpoint={"step": 20})
+    counts = stability.Stability(spikes=2).state()
+    subject = SimpleNamespace(checkpoint={"step": 20, "stability": counts})
     with pytest.raises(UserError, match="there is no log of the training in"):
         stability.measure(cfg, subject)
-    lines = [json.dumps({"kind": "train", "step": step, "spikes": step // 10, "skipped": 0})
+    lines = [json.dumps({"kind": "train", "step": step, "grad_norm": step / 10})
              for step in (10, 20, 30)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     report = stability.measure(cfg, subject)
-    assert report["steps"] == 20 and report["spikes"] == 2
+    assert report["steps"] == 20 and report["spikes"] == 2 and report["grad_norm"]["value"] == 2
 
 
 # ---- pictures
@@ -384,14 +414,25 @@ def test_training_curves_show_losses_validation_recall_and_the_change_of_phase(r
     for arm, folder in runs.items():
         records = log(folder, "train") + log(folder, "eval")
         figure = pictures.draw_results(plt, [], records, 3)
-        lines = {line.get_label(): line for line in figure.axes[1].get_lines()}
+        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
         for kind, label in (("train", "loss"), ("eval", "validation loss")):
             assert lines[label].get_xdata().tolist() == [r["step"] for r in log(folder, kind)]
             assert lines[label].get_ydata().tolist() == [r["loss"] for r in log(folder, kind)]
         assert ("recall" in lines) == (arm == "gsa")
-        vertical = figure.axes[1].get_lines()[-1]
+        vertical = figure.axes[0].get_lines()[-1]
         assert list(vertical.get_xdata()) == [3, 3]
         plt.close(figure)
+
+
+def test_a_heat_map_is_white_where_a_task_was_not_measured_at_a_length():
+    """Tasks of RULER may have been measured one after the other, at other lengths."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    cells = [("vt", {"length": 512, "scores": [100, 50]}), ("vt", {"length": 1024, "least": 900}),
+             ("cwe", {"length": 256, "scores": [20]})]
+    figure = pictures.draw_ruler(plt, cells)
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert shown == {(1, 0): "75", (0, 1): "20"}  # column: 256, 512, 1024; row: vt, cwe
+    plt.close(figure)
 
 
 def test_the_picture_of_the_selection_holds_what_the_layers_compute(demo):
@@ -402,7 +443,10 @@ def test_the_picture_of_the_selection_holds_what_the_layers_compute(demo):
     subject = SimpleNamespace(model=model, tokenizer=tokenizer, device="cpu", data=Data(demo),
                               val=np.asarray(Data(demo).val),
                               cfg=evaluation.EvalConfig())
-    layers, place = inspection.needle_selection(subject, {"cells": [{"length": 48}]})
+    cells = [{"length": 32}, {"length": 48}, {"length": 4096}]  # the last in a longer context
+    with pytest.raises(UserError, match="no needle was measured in a context of 64 tokens"):
+        inspection.needle_selection(subject, {"cells": cells[2:]})
+    layers, place = inspection.needle_selection(subject, {"cells": cells})
     ids, _, _ = needle.needle_prompt(hay, tokenizer, 48, 0.5, needle.longest_answer(),
                                      random.Random(0))
     assert len(ids) == 48 - 4  # less the answer
@@ -436,3 +480,36 @@ def test_the_mass_of_the_picture_is_full_attention():
     one_hot = torch.eye(9, dtype=torch.double)[None, :, None]  # (B, S, G, S)
     o, _ = attention.sparse_attention_eager(q, k, one_hot, visible.mask())  # (B, T, H, S)
     np.testing.assert_allclose(mass, o[0, -1].mean(0).detach().numpy(), atol=1e-6, rtol=1e-5)
+
+
+def test_the_picture_of_one_query_takes_no_matrix_of_all_queries():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.layout == torch.strided:
+                self.numel = max(self.numel, out.numel())
+            return out
+    largest = {}
+    for T in (1024, 2048):
+        model = fresh_model("gsa", block_size=T)
+        with Largest() as seen:
+            inspection.last_query(model, np.arange(T) % 256)
+        largest[T] = seen.numel
+    assert largest[2048] < 2.5 * largest[1024]  # T² would be 4 times as much
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_under_bfloat16_autocast_the_reports_numbers_are_nearly_the_same(arm):
+    model = fresh_model(arm).float()
+    ids = np.append(documents([64]), 0)
+    exact = inspection.attention(model, ids, SEPARATOR, 1)["layers"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = inspection.attention(model, ids, SEPARATOR, 1)["layers"]
+        if model.config.sparse:
+            (mass, _), *_ = inspection.last_query(model, ids[:64])
+            assert mass.sum() == pytest.approx(1, abs=0.05)
+    assert rounded.keys() == exact.keys()
+    for name in ("first_token", "first_four", "max_activation", "visible"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.05), name

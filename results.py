@@ -52,7 +52,7 @@ class Results:
         """The settings on which a part's result depends; of files, what tells them from others."""
         names = f"{EVERY_PART} {part.SETTINGS}".split()
         found = {name: getattr(self.cfg, name) for name in names}
-        found["dtype"] = self.subject.dtype
+        found |= {"dtype": self.subject.dtype, "block_size": self.subject.T}  # also by default
         if "data" in found:
             found["data"] = [self.identify(name) for name in self.subject.text_names()]
         for name in FILES:

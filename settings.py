@@ -157,7 +157,8 @@ def resumed_settings(checkpoint, given):
                         f"({changed}): these cannot change when a run is resumed")
     # the folder may have been copied: it is the one that is named now
     out_dir = given.get("out_dir", TrainConfig.out_dir)
-    return {**saved, "data": find_data(checkpoint), **given, "out_dir": out_dir}
+    return {**saved, "data": find_data(checkpoint), **given, "out_dir": out_dir,
+            "init_from": saved["init_from"]}  # it says how the run began, not that it went on
 
 
 def started_settings(start, given):

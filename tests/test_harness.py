@@ -27,7 +27,6 @@ from configurator import UserError
 from conftest import ROOT
 from model import GSA, GSAConfig
 from results import as_read
-from sample import draw_token
 from scoring import Answer, Batcher
 from start import load_hf, open_gates_and_load
 from test_scoring import SHAPE, greedy_ids, make, naive

@@ -1,11 +1,8 @@
 """train.py and eval.py: batches, resume, ranks, retrofit, needles and pictures."""
-import functools
 import io
 import json
 import math
 import os
-import random
-import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +15,6 @@ import torch
 
 import attention
 import eval as evaluation
-import needle
 import scoring
 import optim
 import prepare
@@ -30,7 +26,6 @@ from conftest import ROOT
 from data import Batches, Data
 from ranks import Ranks
 from start import open_gates_and_load
-from tokenizer import Tokenizer
 from model import GSA, GSAConfig
 
 TINY = dict(
@@ -173,6 +168,7 @@ def test_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     a = load_checkpoint(str(whole))
     b = load_checkpoint(str(cut))
     assert a["step"] == b["step"] == 8
+    assert b["config"]["init_from"] == "scratch"  # how it began, not "resume"
     assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
 
 

@@ -9,6 +9,7 @@ eval.json: the results of an evaluation, kept from one run of eval.py to the nex
     skipped   {part: why it could not be measured}
     summary   {name: number}, the few by which runs are compared
 """
+import contextlib
 import functools
 import json
 import os
@@ -68,17 +69,16 @@ class Results:
 
     def put(self, name, part, result, seconds):
         """Keep the result of a part. Returns it as it will be read again."""
-        self.read()
-        content = self.content
-        content["results"][name] = as_read(result)
-        content["settings"][name] = self.settings_of(part)
-        content["seconds"][name] = seconds
-        content["skipped"].pop(name, None)
-        content["summary"] = {}  # anew: with other settings a part may have had other numbers
-        for name_kept in content["results"]:
-            content["summary"] |= self.summary_of(name_kept)
-        self.write()
-        return content["results"][name]
+        settings = self.settings_of(part)
+        with self.changing() as content:
+            content["results"][name] = as_read(result)
+            content["settings"][name] = settings
+            content["seconds"][name] = seconds
+            content["skipped"].pop(name, None)
+            content["summary"] = {}  # anew: with other settings a part may have had other numbers
+            for name_kept in content["results"]:
+                content["summary"] |= self.summary_of(name_kept)
+            return content["results"][name]
 
     def summary_of(self, name):
         """{name: number} of the result of a part, without the numbers that are not finite."""
@@ -86,13 +86,22 @@ class Results:
         return {label: value for label, value in numbers.items() if value is not None}
 
     def skip(self, name, reason):
-        self.read()
-        self.content["skipped"][name] = reason
-        self.write()
+        with self.changing() as content:
+            content["skipped"][name] = reason
 
-    def write(self):
-        with replacing(self.path) as f:
-            f.write(to_json(self.content, indent=1))
+    @contextlib.contextmanager
+    def changing(self):
+        """The content, to be changed and then written. Another eval.py waits with its change."""
+        import fcntl  # POSIX only
+        handle = os.open(self.subject.checkpoint["path"], os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self.read()
+            yield self.content
+            with replacing(self.path) as f:
+                f.write(to_json(self.content, indent=1))
+        finally:
+            os.close(handle)
 
 
 def as_read(value):

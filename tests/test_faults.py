@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1252,7 +1253,8 @@ class Part:
 
 def open_results(folder, step=1, **settings):
     how = evaluation.EvalConfig(out_dir=str(folder), **settings)
-    subject = types.SimpleNamespace(facts=lambda: {"step": step}, dtype="float32")
+    subject = types.SimpleNamespace(facts=lambda: {"step": step}, dtype="float32", T=64,
+                                    checkpoint={"path": str(folder)})
     return results.Results(how, subject, lambda name: Part())
 
 
@@ -1268,6 +1270,16 @@ def test_two_evaluations_at_once_keep_each_others_results(tmp_path):
     other.put("b", Part(), {"y": 3}, 0)
     first.put("c", Part(), {"z": 4}, 0)  # of another checkpoint: what it has is written anew
     assert list(open_results(tmp_path).content["results"]) == ["a", "b", "c"]
+
+
+def test_two_evaluations_that_write_at_the_same_moment_wait_for_each_other(tmp_path):
+    def put_ten(who):
+        found = open_results(tmp_path)
+        for i in range(10):
+            found.put(f"{who}{i}", Part(), {f"{who}{i}": i}, 0)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(put_ten, "abcd"))  # raises what they raised
+    assert len(open_results(tmp_path).content["results"]) == 40
 
 
 def test_a_changed_haystack_of_the_same_name_and_size_is_measured_anew(tmp_path):

@@ -17,6 +17,7 @@ every file with its checksum: a flipped bit is found, and the checkpoint before 
 Nothing in these files can be executed. A ckpt.pt, which older versions wrote, can be loaded too.
 """
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -321,9 +322,13 @@ def load_model(out_dir, device="cpu", backend="auto", which="last", **changes):
     nothing: a longer block_size, a rope_scaling. Raises UserError.
     """
     checkpoint = load_checkpoint(out_dir, which)
-    checkpoint["model_config"] |= changes
     check_backend(backend, device)
-    model = GSA(model_config(checkpoint), backend).to(device)
+    config = model_config(checkpoint)
+    try:
+        config = dataclasses.replace(config, **changes)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    model = GSA(config, backend).to(device)
     load_weights(model, checkpoint["model"], checkpoint["path"])
     return model.eval(), checkpoint
 

@@ -320,7 +320,8 @@ def compare(folders, find_part, allow_unequal=False, plot=True):
     """
     # 1. read, and refuse
     if len(folders) < 2:
-        raise UserError("compare needs two folders or more: --compare out_a out_b")
+        raise UserError("compare needs two folders or more, separated by blanks: "
+                        "--compare out_a out_b")
     runs = [read_run(folder, find_part) for folder in folders]
     differing = unequal(runs)
     if differing and not allow_unequal:
@@ -333,6 +334,7 @@ def compare(folders, find_part, allow_unequal=False, plot=True):
     for name, content in (("compare.md", text), ("compare.json", to_json(table, indent=1))):
         with replacing(os.path.join(folders[0], name)) as f:
             f.write(content)
+    say(f"all of it: {folders[0]}/compare.md, .json and .png")
     # 3. the picture
     for run in runs:
         if not run.log:

@@ -65,7 +65,8 @@ def _read(path):
             source = f.read()
         tree = ast.parse(source)
     except OSError as e:
-        raise UserError(f"cannot read config {path}: {e.strerror}") from None
+        hint = f" (a setting is --name=value: --out_dir={path}?)" if os.path.isdir(path) else ""
+        raise UserError(f"cannot read config {path}: {e.strerror}{hint}") from None
     except UnicodeDecodeError:
         raise UserError(f"cannot read config {path}: it is not UTF-8 text") from None
     except SyntaxError as e:

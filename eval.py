@@ -9,7 +9,8 @@ Measure a trained model: perplexity, needles, RULER, what its attention does, be
 
 Prints tables and writes them to <out_dir>/eval.json, each part as soon as it is done. What is there
 already, measured on the same checkpoint with the same settings, is kept: an evaluation that was
-interrupted goes on with the part that it had begun. A change of the code is not noticed: --again
+interrupted begins again with the part that it was at. There is one result for each part: one with
+other settings, or of another checkpoint, replaces it. A change of the code is not noticed: --again
 measures anew. With matplotlib installed it draws pictures of what was asked for into out_dir:
     eval.png        needle retrieval, and the curves of the training
     perplexity.png  the loss by the number of tokens seen
@@ -17,6 +18,7 @@ measures anew. With matplotlib installed it draws pictures of what was asked for
     attention.png   where attention falls, how open the gates are, what the indexer selects
     selection.png   where full attention would look and what the indexer selects, for one needle
 """
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -148,8 +150,10 @@ def check(parts, cfg, subject):
 
 
 def required(cfg):
-    """The parts without which an evaluation has failed."""
-    return listed(cfg.tasks) or ["perplexity"]
+    """The parts without which an evaluation has failed: those that the user has named."""
+    if cfg.data or cfg.stride or not cfg.tasks:
+        return ["perplexity", *listed(cfg.tasks)]
+    return listed(cfg.tasks)
 
 
 def evaluate(cfg):
@@ -186,6 +190,7 @@ def evaluate(cfg):
         for name in measured:
             for label, value in results.summary_of(name).items():
                 say(f"  {label.replace('_', ' '):48}{value:10.5g}")
+        say(f"\nall of it: {results.path}")
         if cfg.plot:
             draw(cfg, subject, measured)
     missed = [name for name in skipped if name in required(cfg)]
@@ -214,6 +219,8 @@ def draw(cfg, subject, measured):
         layers, place = inspection.needle_selection(subject, found)
     except UserError as e:
         say(f"no selection.png: {e}")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(cfg.out_dir, "selection.png"))  # it showed another needle
     else:
         save("selection.png", pictures.draw_selection, layers, place)
 

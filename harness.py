@@ -48,7 +48,7 @@ class Task:
         need_lm_eval(self.name, self.parts)
         manager = find_tasks(self.name, cfg.task_dir)
         if self.name not in manager.task_index:
-            near = difflib.get_close_matches(self.name, [*self.parts, *manager.all_tasks], 3)
+            near = difflib.get_close_matches(self.name, {*self.parts, *manager.all_tasks}, 3)
             hint = f"did you mean {' or '.join(near)}?" if near else "lm-eval ls tasks lists them"
             if cfg.task_dir and not near:
                 hint += f"; no YAML file of {cfg.task_dir} that can be read holds it"

@@ -63,6 +63,8 @@ def measure(cfg, subject):
                                 cfg.samples, cfg.distractors, subject.batcher, kind)
             except UserError as e:  # it does not fit: length or haystack too short
                 skipped[f"{kind} at {length} tokens"] = str(e)
+    if not cells:
+        raise UserError("; ".join(dict.fromkeys(skipped.values())))
     return {"haystack": name, "cells": cells, "skipped": skipped}
 
 

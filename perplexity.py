@@ -288,9 +288,10 @@ def show(result):
             cells = [with_error(row, column, digits) for column, (_, digits) in columns.items()]
             say(f"{row['length']:8}  " + "".join(cell.rjust(22) for cell in cells))
     for name, reason in result["skipped"].items():
-        say(f"{name} skipped: {reason} (--again tries anew)")
+        say(f"{name} skipped: {reason} (to try anew: --again)")
     # 2. losses by the tokens seen
     say("\nloss by the number of tokens seen, nats/token ± standard error")
+    say("(windows overlap: most tokens are predicted twice)")
     for name, buckets in curves(result).items():
         say(f"{name}\n    tokens seen                  loss  predictions")
         for bucket in buckets:

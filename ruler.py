@@ -169,7 +169,7 @@ class Task:
                 found = f"needs {cell['least']:,} tokens"
             else:
                 found = shown(cell["scores"])
-            entries.append(f"{cell['length']:7} tokens: {found:16}")
+            entries.append(f"{cell['length']:7} tokens: {found:20}")
         haystack = f"  in {result['haystack']}" if result["haystack"] else ""
         say(f"{self.name:16}" + "".join(entries) + haystack)
 

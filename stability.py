@@ -120,7 +120,7 @@ def show(report):
     logged = f"of {report['logged_steps']:,} logged steps"
     for name, label in (("grad_norm", f"gradient norm {logged}"),
                         ("index_grad_norm", f"gradient norm of the indexer {logged}"),
-                        ("max_activation", "activation in the evaluations")):
+                        ("max_activation", "activation in the training's evaluations")):
         if report[name]:
             say(f"  largest {label}: {report[name]['value']:.4g} (step {report[name]['step']:,})")
 

@@ -97,7 +97,7 @@ def encode_text(name, tokenizer, max_tokens=0):
         limit = max_tokens or HUB_TOKENS
     cfg, source = open_text(name, tokenizer, "give --data=FILE, a .txt, .jsonl or .parquet")
     parts = [np.empty(0, tokenizer.dtype)]
-    total = rows = broken = 0
+    total = rows = broken = repaired = 0
     fault = ""
     for _, block in encode_blocks(source.blocks(None), cfg):
         kept = np.repeat(block.held_out, block.lengths)  # (tokens of the block,)
@@ -105,9 +105,12 @@ def encode_text(name, tokenizer, max_tokens=0):
         total += len(parts[-1])
         rows += block.counts["rows"]
         broken += block.counts["broken"]
+        repaired += block.counts["repaired"]
         fault = fault or block.fault
         if limit and total >= limit:
             break
+    if repaired:
+        say(f"{name}: {repaired} of {rows} rows were no valid text and were repaired")
     if broken:
         fault = fault or f"{broken} of {rows} rows hold no text {cfg.text_column!r}"
     if not total:

@@ -352,7 +352,7 @@ def test_the_stability_report_of_a_log_by_hand(capsys):
         "stability   of all 2,000 steps: 3 spikes (1.50 per 1,000 steps), 4 skipped steps",
         "  largest gradient norm of 3 logged steps: 7.5 (step 1,000)",
         "  largest gradient norm of the indexer of 3 logged steps: 0.5 (step 1)",
-        "  largest activation in the evaluations: 40 (step 1,000)"]
+        "  largest activation in the training's evaluations: 40 (step 1,000)"]
     assert stability.summary(report) == {"spikes_per_1000_steps": 1.5, "skipped_steps": 4,
                                          "largest_grad_norm": 7.5}
 

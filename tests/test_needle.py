@@ -310,6 +310,8 @@ def test_a_haystack_is_text_or_json_in_files(tmp_path, name):
     (dict(haystack="./none.txt"), "no file matches"),
     (dict(needles="multikeys"), "there is no 'multikeys': did you mean 'multikey'"),
     (dict(lengths="128"), "--block_size .and --rope_scaling. make it longer"),
+    (dict(lengths="8", tasks="needle", again=True), "not measured, for the reasons above: needle"),
+    (dict(rope_scaling={"rope_type": "yarm"}), "^rope_scaling: rope_type 'yarm' is not one of"),
 ])
 def test_wrong_needle_settings_are_refused_in_one_line(trained, settings, message):
     with pytest.raises(UserError, match=message) as refusal:

@@ -20,6 +20,7 @@ import perplexity
 import pictures
 import prepare
 import sources
+import subject
 import texts
 import train
 from configurator import UserError
@@ -374,11 +375,16 @@ def test_a_text_that_cannot_be_read_is_one_line_before_anything_is_measured(out,
     refused(lambda: evaluate(out, data=data.format(f=tmp_path), max_tokens=1), message)
 
 
-def test_a_stride_longer_than_a_context_is_refused(out):
-    refused(lambda: evaluate(out, stride=9, lengths="8,32"),
-            "stride 9 must lie in the context, 1 to 8")
-    # where it is not asked for it is skipped, not measured without every ninth token
-    assert "perplexity" in evaluate(out, stride=9, lengths="8,32", tasks="stability")["skipped"]
+def test_what_the_user_sets_for_perplexity_is_refused_also_beside_other_tasks(out, monkeypatch):
+    for tasks in ("", "stability"):
+        refused(lambda: evaluate(out, stride=9, lengths="8,32", tasks=tasks),
+                "stride 9 must lie in the context, 1 to 8")
+        refused(lambda: evaluate(out, data="wikitext103", tasks=tasks), "'wikitext-103'")
+    # data that is gone, and that nobody named, keeps nothing else from being measured
+    monkeypatch.setattr(subject, "find_data", lambda checkpoint: "gone")
+    found = evaluate(out, tasks="stability")
+    assert "stability" in found["results"] and "'gone'" in found["skipped"]["perplexity"]
+    refused(lambda: evaluate(out), "'gone' is no prepared folder")
 
 
 # ---- LAMBADA

@@ -4,7 +4,8 @@ The demo (0.5M parameters) at 512 bytes:
     python train.py config/gsa_demo.py
 Hardware: one laptop CPU, 2 cores.
 Duration: 10 to 30 minutes.
-Expected loss: 1.31 bits/byte on val.bin (measured, one seed); the needle is found 9 times of 10.
+Expected loss: 1.31 bits/byte on val.bin with seed 1337, and the needle is found 9 times of 10.
+Other seeds may learn to look keys up too late: 1.40 and 1.73, 5 and 0 times of 10 (seeds 2, 1).
 """
 data = "data/demo"
 out_dir = "out"

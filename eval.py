@@ -83,7 +83,7 @@ class EvalConfig:
     # texts, separated by commas: prepared folders, presets (prepare.py --list), .txt, .jsonl or
     # .parquet files; default: the data it was trained on
     data: str = ""
-    max_tokens: int = 0  # of each text; 0 = all, of a preset 1,000,000
+    max_tokens: int = 1_000_000  # the first so many of each text; 0 = all
     stride: int = 0  # of the sliding window; 0 = half the context
 
     # needles and RULER

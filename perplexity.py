@@ -55,6 +55,8 @@ def measure(cfg, subject):
         except UserError as e:  # no network, for example
             skipped[name] = str(e)
             continue
+        if len(ids) == cfg.max_tokens:
+            say(f"{name}: its first {len(ids):,} tokens (--max_tokens=0 takes all)")
         documents = Documents(ids, subject.tokenizer)
         for length in lengths:
             stride = cfg.stride or max(1, length // 2)

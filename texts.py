@@ -16,8 +16,6 @@ import numpy as np
 from configurator import UserError, say, to_json
 from data import identity, read_meta
 
-HUB_TOKENS = 1_000_000  # read of a preset unless --max_tokens says otherwise
-
 
 def kind_of_text(name):
     """What a name of a text means: "folder", "preset" or "files". Raises UserError."""
@@ -89,12 +87,9 @@ def open_text(name, tokenizer, instead, source=""):
 def encode_text(name, tokenizer, max_tokens=0):
     """
     The ids of a preset or of local text, each document followed by a separator: 1-D array.
-    max_tokens: how many to read; 0 = all of local text, HUB_TOKENS of a preset. Raises UserError.
+    max_tokens: how many to read, 0 = all. Raises UserError.
     """
     from encode import encode_blocks
-    limit = max_tokens
-    if kind_of_text(name) == "preset":
-        limit = max_tokens or HUB_TOKENS
     cfg, source = open_text(name, tokenizer, "give --data=FILE, a .txt, .jsonl or .parquet")
     parts = [np.empty(0, tokenizer.dtype)]
     total = rows = broken = repaired = 0
@@ -107,7 +102,7 @@ def encode_text(name, tokenizer, max_tokens=0):
         broken += block.counts["broken"]
         repaired += block.counts["repaired"]
         fault = fault or block.fault
-        if limit and total >= limit:
+        if max_tokens and total >= max_tokens:
             break
     if repaired:
         say(f"{name}: {repaired} of {rows} rows were no valid text and were repaired")
@@ -117,6 +112,4 @@ def encode_text(name, tokenizer, max_tokens=0):
         raise UserError(f"{name} holds no text to predict: {fault or 'it is empty'}")
     if fault:
         say(f"{name}: {fault}")
-    if limit and not max_tokens and total >= limit:
-        say(f"{name}: its first {limit:,} tokens (--max_tokens sets another number)")
-    return np.concatenate(parts)[:limit or None]
+    return np.concatenate(parts)[:max_tokens or None]

@@ -318,12 +318,9 @@ def show(result):
 
 
 def summary(result):
-    """Accuracy at the longest length, per kind."""
+    """Accuracy per kind and length, the mean over the depths."""
     found = {}
-    for kind in dict.fromkeys(c["kind"] for c in result["cells"]):
-        cells = [c for c in result["cells"] if c["kind"] == kind]
-        longest = max(c["length"] for c in cells)
-        name = "needle" if kind == "single" else f"needle_{kind}"
-        found[f"{name}_accuracy_at_{longest}"] = float(np.mean(
-            [c["accuracy"] for c in cells if c["length"] == longest]))
-    return found
+    for c in result["cells"]:
+        name = "needle" if c["kind"] == "single" else f"needle_{c['kind']}"
+        found.setdefault(f"{name}_accuracy_at_{c['length']}", []).append(c["accuracy"])
+    return {name: float(np.mean(values)) for name, values in found.items()}

@@ -379,3 +379,9 @@ def test_the_picture_has_a_panel_for_each_kind():
     grid = figure.axes[0].images[0].get_array()
     assert grid.tolist() == [[0, 0], [0.5, 0.5], [1, 1]]
     plt.close(figure)
+
+
+def test_the_summary_has_every_kind_and_length():
+    assert needle.summary({"cells": CELLS}) == {
+        "needle_accuracy_at_64": 0.5, "needle_accuracy_at_128": 0.5,
+        "needle_multikey_accuracy_at_64": 0.5, "needle_multikey_accuracy_at_128": 0.5}

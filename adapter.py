@@ -92,8 +92,8 @@ class Adapter:
     def score_pairs(self, pairs, what, most):
         """
         A Score for each (context, continuation), n pairs of ids. A context is read once for `most`
-        continuations: with more, as where all texts begin behind the same separator, a batch of
-        one context would hold them all.
+        continuations. With more, as where all texts begin behind the same separator, they would be
+        scored one after the other, not side by side in a batch.
         """
         # 1. the continuations of each context
         members = {}

@@ -103,9 +103,7 @@ def parse(cls, argv, doc=None):
 
     def put(key, value):
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown setting {key!r}{hint}")
+            raise UserError(f"unknown setting {key!r}{did_you_mean(key, kinds)}")
         settings[key] = _convert(key, value, kinds[key])
 
     args = list(argv)
@@ -186,6 +184,12 @@ def groups(cls):
                     found.setdefault(heading, {})[name] = (defaults[name], comment)
             after_blank = line == ""
     return found
+
+
+def did_you_mean(name, known):
+    """The end of a message about a name that is not known: "; did you mean 'x'?", or nothing."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def listed(text):

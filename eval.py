@@ -35,7 +35,6 @@ from compare import compare
 from configurator import UserError, check_ranges, listed, parse, run, say
 from device import check_dtype, precision
 from outdir import read_log
-from pictures import save_picture
 from results import Results
 from subject import Subject
 
@@ -138,8 +137,8 @@ def asked_for(tasks):
 
 def check(parts, cfg, subject):
     """
-    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, where only
-    others are asked for, is left to be skipped.
+    Refuse what cannot be measured before anything is. Raises UserError. Perplexity, where it is
+    not required, is left to be skipped.
     """
     for name, part in parts.items():
         try:
@@ -150,10 +149,14 @@ def check(parts, cfg, subject):
 
 
 def required(cfg):
-    """The parts without which an evaluation has failed: those that the user has named."""
-    if cfg.data or cfg.stride or not cfg.tasks:
-        return ["perplexity", *listed(cfg.tasks)]
-    return listed(cfg.tasks)
+    """
+    The parts without which an evaluation has failed: those of --tasks, and perplexity where there
+    are none, or where the user has set its text or its stride.
+    """
+    names = listed(cfg.tasks)
+    if not names or cfg.data or cfg.stride:
+        names.append("perplexity")
+    return names
 
 
 def evaluate(cfg):
@@ -165,7 +168,7 @@ def evaluate(cfg):
     subject = Subject(cfg)
     check(parts, cfg, subject)
     results = Results(cfg, subject, find_part)
-    skipped = []
+    measured = {}  # part -> result
     with precision(subject.device, cfg.dtype):
         # 1. the parts
         for name, part in parts.items():
@@ -180,10 +183,9 @@ def evaluate(cfg):
             except UserError as e:
                 say(f"\n{name} skipped: {e}")
                 results.skip(name, str(e))
-                skipped.append(name)
             else:
                 part.show(result)
-        measured = {name: results.content["results"][name] for name in parts if name not in skipped}
+                measured[name] = result
         ruler.show_averages(measured)
         # 2. summary and pictures
         say("\nsummary")
@@ -193,7 +195,7 @@ def evaluate(cfg):
         say(f"\nall of it: {results.path}")
         if cfg.plot:
             draw(cfg, subject, measured)
-    missed = [name for name in skipped if name in required(cfg)]
+    missed = [name for name in parts if name in required(cfg) and name not in measured]
     if missed:
         raise UserError(f"not measured, for the reasons above: {', '.join(missed)}")
     return results.content
@@ -202,7 +204,7 @@ def evaluate(cfg):
 def draw(cfg, subject, measured):
     """The pictures of the results, in out_dir. measured: {part: result}."""
     def save(name, *args):
-        save_picture(os.path.join(cfg.out_dir, name), *args)
+        pictures.save_picture(os.path.join(cfg.out_dir, name), *args)
     if "perplexity" in measured:
         save("perplexity.png", pictures.draw_positions, perplexity.curves(measured["perplexity"]))
     if "attention" in measured:

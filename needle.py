@@ -24,7 +24,7 @@ import numpy as np
 from configurator import UserError, listed, say
 from data import passkey_line, random_passkey
 from scoring import Progress, answer, score
-from texts import identify
+from texts import text_files
 
 SETTINGS = "data haystack needles lengths depths seeds samples distractors"
 KINDS = ("single", "multikey", "multivalue", "multiquery")
@@ -91,7 +91,7 @@ def haystack(ids, tokenizer):
 def check_haystack(cfg):
     """Refuse a haystack that is not there. Raises UserError."""
     if cfg.haystack:
-        identify(cfg.haystack)
+        text_files(cfg.haystack)
 
 
 def read_haystack(cfg, subject):

@@ -7,7 +7,6 @@ Memory is the sum of what nanoGSA's own tensors take, part by part, in GB of 10^
 compare the activations with what autograd keeps. Of the rest CONTEXT is a guess, and
 torch.compile, which fuses operations and so keeps less, is not modelled.
 """
-import difflib
 import itertools
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 
 import checks
 import kernels
-from configurator import UserError, duration, environment, say
+from configurator import UserError, did_you_mean, duration, environment, say
 from data import Data, read_meta
 from measure import PEAK_FLOPS, flops_per_token
 from model import GSA, GSAConfig
@@ -49,8 +48,7 @@ def pick_card(cfg):
     """The GPU to plan for: --gpu, else the one of this machine, else an H100. Raises UserError."""
     if cfg.gpu:
         if cfg.gpu not in GPU_MEMORY:
-            near = difflib.get_close_matches(cfg.gpu, GPU_MEMORY, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(cfg.gpu, GPU_MEMORY)
             raise UserError(f"gpu {cfg.gpu!r} is not one of {', '.join(GPU_MEMORY)}{hint}")
         return Card(cfg.gpu, GPU_MEMORY[cfg.gpu])
     if cfg.device.startswith("cpu"):

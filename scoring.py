@@ -4,10 +4,11 @@ parts (needle, ruler, harness …) are built on these.
 
     batcher = Batcher(device="cuda")
     scores = score(model, contexts, continuations, batcher)   # log-likelihoods, greedy or not
-    texts = answer(model, prompts, 50, ["\\n"], tokenizer, batcher)
+    answers = answer(model, prompts, limits, stops, tokenizer, batcher)  # greedy texts
 
 Ids come as 1-D numpy arrays. A prompt that is to be read as a document begins with a separator.
 """
+import functools
 import os
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from configurator import duration, say
 from model import KVCache
-from sample import stream
+from sample import draw_token, stream
 
 
 class Progress:
@@ -216,9 +217,7 @@ class Answer(NamedTuple):
     stopped: bool  # False: it reached the limit, or the end of the context, without a stop
 
 
-def greedy_token(logits):
-    """(B, V) -> (B,)"""
-    return logits.argmax(-1)
+greedy_token = functools.partial(draw_token, temperature=0)  # (B, V) -> (B,)
 
 
 def answer(model, prompts, limits, stops, tokenizer, batcher, progress=None, draw=greedy_token):

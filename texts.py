@@ -7,13 +7,12 @@ The texts that eval.py measures on. --data names them, separated by commas; each
 
 The last two are encoded on the spot with the checkpoint's tokenizer, as prepare.py would.
 """
-import difflib
 import hashlib
 import os
 
 import numpy as np
 
-from configurator import UserError, say, to_json
+from configurator import UserError, did_you_mean, say, to_json
 from data import identity, read_meta
 
 
@@ -28,10 +27,8 @@ def kind_of_text(name):
         return "preset"
     if kind_of(name)[0] or "*" in name:
         return "files"
-    near = difflib.get_close_matches(name, PRESETS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"data {name!r} is no prepared folder, no preset (python prepare.py --list) "
-                    f"and no .txt, .jsonl or .parquet file{hint}")
+                    f"and no .txt, .jsonl or .parquet file{did_you_mean(name, PRESETS)}")
 
 
 def meta_checksum(meta):
@@ -39,20 +36,26 @@ def meta_checksum(meta):
     return hashlib.sha256(to_json(identity(meta), sort_keys=True).encode()).hexdigest()
 
 
+def text_files(name):
+    """The files of local text; [] of a folder or a preset. Raises UserError for any other name."""
+    if os.path.isfile(name):
+        return [name]
+    if kind_of_text(name) != "files":
+        return []
+    from sources import local_files
+    return local_files(name)
+
+
 def identify(name):
     """
     What tells a text, or a file, from another one of this name, for eval.json: the checksum of its
-    content; of a preset the name. Raises UserError.
+    content; of a preset the name. Reads all of it. Raises UserError.
     """
-    if os.path.isfile(name):
-        paths = [name]
-    elif kind_of_text(name) == "files":
-        from sources import local_files
-        paths = local_files(name)
-    elif kind_of_text(name) == "folder":
+    paths = text_files(name)
+    if not paths and os.path.isdir(name):
         meta = read_meta(name)
         return meta and meta_checksum(meta)
-    else:
+    if not paths:
         return name
     digest = hashlib.sha256()
     for path in paths:

@@ -6,7 +6,6 @@ Text to token ids and back.
     tokenizer.decode([72, 105])        # -> "Hi"
 """
 import base64
-import difflib
 import functools
 import hashlib
 import os
@@ -15,7 +14,7 @@ import re
 import numpy as np
 import tiktoken
 
-from configurator import UserError
+from configurator import UserError, did_you_mean
 from tokenizer_hf import MAX_VOCAB, HubEncoding
 
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -102,8 +101,7 @@ def full_name(given):
     if kind == "hf":
         raise UserError(f"tokenizer {place!r} is not there: bring it back, or name another place "
                         "(--tokenizer=FOLDER)")
-    near = difflib.get_close_matches(given, known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(given, known)
     raise UserError(f"tokenizer {given!r} is not one of {', '.join(known)}, llama3:PATH, "
                     "tiktoken:PATH, nor a Hugging Face model: a folder or a tokenizer.json that is "
                     f"there, or owner/name{hint}")

@@ -268,7 +268,7 @@ def needle(model, hay, tokenizer, length, depths, seeds, samples, distractors, b
                                                  rng, kind))
                     wrong.append(draw_wrong_keys(prompts[-1][1], distractors, rng))
                 if kind == "multivalue":
-                    hits, ranks = write_values(model, prompts, tokenizer, batcher), []
+                    hits = write_values(model, prompts, tokenizer, batcher)
                 else:
                     hits, ranks = ask(model, prompts, wrong, kind, tokenizer, batcher)
                     seed_rank.append(np.mean(ranks))

@@ -108,9 +108,11 @@ def write_samples(name, length, n_samples, seeds, sources, tokenizer):
 
     order = [(seed, i) for seed in range(seeds) for i in range(n_samples)]
     needed = max(size(write(task.fewest, *which)) for which in order)
+    if needed > length:
+        return [], needed
     samples = []
     n = task.fewest
-    for seed, i in order if needed <= length else []:
+    for seed, i in order:
         write_one = functools.partial(write, seed=seed, i=i)
         samples.append(fill(write_one, size, length, task.fewest, n))
         n = samples[-1].n

@@ -44,6 +44,13 @@ def check_config(config):
     for name, width in (("head width", d_head), ("d_index", config.d_index)):
         if width % 2:
             raise ValueError(f"{name} {width} is odd: RoPE rotates pairs")
+    if config.look_back < 0:
+        raise ValueError(f"look_back is {config.look_back}, must not be negative")
+    if config.look_back and not config.qkv_bias:
+        raise ValueError("look_back is in the biases of q and k: it needs qkv_bias")
+    if config.look_back and config.n_head >= config.block_size:
+        raise ValueError(f"look_back needs a block_size above n_head {config.n_head}: the last "
+                         "head looks so many tokens back")
     check_rope_scaling(config.rope_scaling, config.rope_base)
     if config.index_activation not in ("sigmoid", "relu"):
         raise ValueError(f"index_activation {config.index_activation!r} is not one of "

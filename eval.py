@@ -35,7 +35,7 @@ from compare import compare
 from configurator import UserError, check_ranges, listed, parse, run, say
 from device import check_dtype, precision
 from outdir import read_log
-from results import Results
+from eval_results import Results
 from subject import Subject
 
 # Each part is a file, or an object, with

@@ -154,6 +154,24 @@ class RoPE(nn.Module):
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
+@torch.no_grad()
+def look_back(q_bias, k_bias, rope, strength):
+    """
+    Fill the biases of q (H·d) and k (G·d), in place: head h then prefers the key h + 1 tokens
+    before the query, whatever the tokens are. With θ_i the speeds of rope's pairs, the biases add
+        strength² · Σ_i cos(θ_i · (distance - (h + 1)))
+    to q·k, over the faster half of the pairs. The slower ones see no difference between neighbours.
+    """
+    width = 2 * rope.cos.size(-1)
+    fast = width // 4  # pairs i = 0 … fast - 1; their two halves are i and width/2 + i
+    k_bias.view(-1, width)[:, :fast] = strength
+    q = q_bias.view(-1, width)  # (H, d)
+    back = torch.arange(1, len(q) + 1)
+    # the key's bias, turned back by so many positions
+    q[:, :fast] = strength * rope.cos[back, 0, :fast]
+    q[:, width // 2:width // 2 + fast] = -strength * rope.sin[back, 0, :fast]
+
+
 class MLP(nn.Module):
     """SwiGLU."""
 

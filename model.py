@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attention
 from checks import check_config, resolve_backend
-from layers import MLP, RMSNorm, RoPE, dense_attention
+from layers import MLP, RMSNorm, RoPE, dense_attention, look_back
 from measure import layer_stats
 
 ARMS = {
@@ -61,10 +61,13 @@ class GSAConfig:
     value_gate: bool = True  # Eq. 9
     output_gate: bool = True  # Eq. 10
     gate_bias_init: float = 0.5  # σ(0.5) = 0.62
+    identity_init: bool = False  # wo and mlp.down begin at 0: each block passes its input on
+    look_back: float = 0.0  # > 0: how sharply head h begins by looking h + 1 tokens back; layer 0
     n_index_head: int = 4  # Hi
     d_index: int = 64  # di
     index_activation: str = "sigmoid"  # "relu": the indexer of DeepSeek's DSA
     index_rope: bool = True  # DEVIATION: the official indexer ignores positions
+    index_temperature: bool = True  # DEVIATION: the indexer's softmax has a learned τ; else τ = 1
     k_rule: str = "inverse"  # one of attention.K_RULES: inverse; eq8, as printed; fixed, k_base
     k_base: int = 512
     k_min: int = 128
@@ -157,7 +160,10 @@ class Indexer(nn.Module):
             self.b = nn.Parameter(torch.empty(Hi))
         else:
             self.register_buffer("b", torch.zeros(Hi), persistent=False)
-        self.log_tau = nn.Parameter(torch.empty(()))  # scalar; all parameters: see init_weights
+        if config.index_temperature:
+            self.log_tau = nn.Parameter(torch.empty(()))  # scalar; all parameters: init_weights
+        else:
+            self.register_buffer("log_tau", torch.zeros(()), persistent=False)
         self.register_buffer("var_avg", torch.zeros(()))  # V̄, 0 = nothing averaged yet
         # Sum and number of the batch means of Var_t since V̄ was last updated
         self.register_buffer("var_seen", torch.zeros(2), persistent=False)
@@ -367,22 +373,24 @@ class GSA(nn.Module):
         parameter               initial value; N(mean, standard deviation)
         gates: weight           N(0, 0.1/√C): all gates start nearly equal,
                bias             gate_bias_init: half open
-        wo, mlp.down            N(0, 1/√(2·C·n_layer)): the residual stream stays as large
+        wo, mlp.down            N(0, 1/√(2·C·n_layer)): the residual stream stays as large;
+                                0 with identity_init
         embed, other matrices   N(0, 1/√C): outputs of size 1 at any width. GPT-2's 0.02 is the
                                 same at C = 2500; at C = 128 it delays retrieval (LOG.md)
         indexer: ww's bias      0; for the ReLU indexer 1/Hi: its heads' mean weights add up to 1
                  b              0
                  log_tau        log 4
         norms                   1
-        other biases            0
+        other biases            0; of the first layer's q and k see layers.look_back
         """
         c = self.config
         std = c.n_embd ** -0.5
+        out_std = 0.0 if c.identity_init else std / math.sqrt(2 * c.n_layer)
         ww_bias = 0.0 if c.index_activation == "sigmoid" else 1 / c.n_index_head
         table = (  # the last two parts of a parameter's name, and how it is filled
             ("proj.weight", nn.init.normal_, 0.0, 0.1 * std),
             ("proj.bias", nn.init.constant_, c.gate_bias_init),
-            ("wo.weight down.weight", nn.init.normal_, 0.0, std / math.sqrt(2 * c.n_layer)),
+            ("wo.weight down.weight", nn.init.normal_, 0.0, out_std),
             ("embed.weight wq.weight wk.weight wv.weight ww.weight gate_up.weight unembed.weight",
              nn.init.normal_, 0.0, std),
             ("ww.bias", nn.init.constant_, ww_bias),
@@ -399,6 +407,9 @@ class GSA(nn.Module):
                     fill(p, *numbers)
                     filled.append(name)
         assert sorted(filled) == sorted(name for name, _ in self.named_parameters())
+        if c.look_back:
+            first = self.blocks[0].attn
+            look_back(first.wq.bias, first.wk.bias, first.rope, c.look_back)
 
     def trunk(self, idx, doc_start=None, cache=None, warmup=False, want_loss=False,
               want_stats=False):

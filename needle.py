@@ -76,15 +76,24 @@ def quarters(T):
 # --------------------------------------------------------------------------------------------------
 # Haystacks
 
-def haystack(ids, tokenizer):
+def split_documents(ids, tokenizer):
     """
-    The documents of a text that hold no pass-key in their first 4000 tokens, joined without
-    separators: 1-D array of ids.
+    The documents of a text, without their separators: those that hold a pass-key in their first
+    4000 tokens, and the others. Two lists of 1-D arrays.
     """
     ends = np.append(np.flatnonzero(ids == tokenizer.separator), len(ids))  # the last may be cut
-    docs = [ids[a:b] for a, b in zip(np.append(0, ends[:-1] + 1), ends)]
     passkey = re.compile(r"^[A-Z]{2}=[a-z0-9]{4}$", re.M)
-    docs = [d for d in docs if not passkey.search(tokenizer.decode(d[:4000]))]
+    with_passkey, others = [], []
+    for begin, end in zip(np.append(0, ends[:-1] + 1), ends):
+        doc = ids[begin:end]
+        found = passkey.search(tokenizer.decode(doc[:4000]))
+        (with_passkey if found else others).append(doc)
+    return with_passkey, others
+
+
+def haystack(ids, tokenizer):
+    """The documents of a text without pass-keys, joined without separators: 1-D array of ids."""
+    _, docs = split_documents(ids, tokenizer)
     return np.concatenate(docs) if docs else ids[:0]
 
 

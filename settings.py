@@ -116,8 +116,8 @@ RETIRED = {"retrofit_from"}  # settings of older versions
 # the arm. The other settings of the model are those of the weights
 SWITCHES = {name for arm in ARMS.values() for name in arm}
 FREE_AT_START = SWITCHES | set(
-    "vocab_size block_size rope_scaling gate_bias_init n_index_head d_index index_rope k_base "
-    "k_min k_max n_sink n_local".split())
+    "vocab_size block_size rope_scaling gate_bias_init n_index_head d_index index_rope "
+    "index_temperature k_base k_min k_max n_sink n_local".split())
 
 
 def settings(argv, checkpoint=None, start=None):

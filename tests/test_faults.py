@@ -33,7 +33,7 @@ import outdir
 import perplexity
 import prepare
 import ranks as ranks_module
-import results
+import eval_results
 import sample as sampling
 import sources
 import train
@@ -1255,7 +1255,7 @@ def open_results(folder, step=1, **settings):
     how = evaluation.EvalConfig(out_dir=str(folder), **settings)
     subject = types.SimpleNamespace(facts=lambda: {"step": step}, dtype="float32", T=64,
                                     checkpoint={"path": str(folder)})
-    return results.Results(how, subject, lambda name: Part())
+    return eval_results.Results(how, subject, lambda name: Part())
 
 
 def test_two_evaluations_at_once_keep_each_others_results(tmp_path):

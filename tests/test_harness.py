@@ -26,7 +26,7 @@ import train
 from configurator import UserError
 from conftest import ROOT
 from model import GSA, GSAConfig
-from results import as_read
+from eval_results import as_read
 from scoring import Answer, Batcher
 from start import load_hf, open_gates_and_load
 from test_scoring import SHAPE, greedy_ids, make, naive

@@ -23,7 +23,7 @@ from attention import Selection, Visible
 from configurator import UserError, to_json
 from data import Data
 from model import ARMS, GSA, Attention, GSAConfig
-from results import as_read
+from eval_results import as_read
 from tokenizer import Tokenizer
 
 TINY = dict(

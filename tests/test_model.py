@@ -218,6 +218,48 @@ def test_a_gate_starts_at_its_bias_and_closed_it_silences_the_layer(arm, name):
     assert output.abs().max() == 0
 
 
+@pytest.mark.parametrize("n_head, n_kv_head, d_head", [(1, 1, 8), (4, 2, 32), (6, 3, 20)])
+def test_a_head_of_the_first_layer_begins_by_looking_back(n_head, n_kv_head, d_head):
+    """With equal tokens, which only the biases tell apart, head h prefers the key h + 1 back."""
+    model = build("dense", trained=False, n_head=n_head, n_kv_head=n_kv_head, d_head=d_head,
+                  qkv_bias=True, look_back=4.0)
+    first, second = (block.attn for block in model.blocks)
+    for projection in (first.wq, first.wk):
+        torch.nn.init.zeros_(projection.weight)
+    pos = torch.arange(40)[None]  # (1, T)
+    h = torch.randn(1, 40, 32, dtype=torch.float64)  # (B, T, C)
+    q, k = first.queries_and_keys(h, pos)  # (1, T, H, d), (1, T, G, d)
+    k = k.repeat_interleave(n_head // n_kv_head, 2)  # (1, T, H, d)
+    s = torch.einsum("bthd,bshd->bhts", q, k).tril()  # (1, H, T, S)
+    for head in range(n_head):
+        back = head + 1
+        found = s[0, head, back:].argmax(-1)  # (T - back,)
+        assert torch.equal(found, torch.arange(40 - back)), f"head {head}"
+    assert second.wq.bias.abs().max() == 0
+
+
+@arms
+def test_with_identity_init_a_new_model_is_its_embedding(arm):
+    model = build(arm, trained=False, identity_init=True)
+    idx = tokens(2, 30)
+    expected = model.head(model.norm(model.embed(idx)))
+    assert_close("logits", model(idx).logits, expected, 0)
+
+
+def test_without_temperature_the_indexer_is_trained_with_a_tau_of_one():
+    model = build("gsa", index_temperature=False)
+    assert not any("log_tau" in name for name, _ in model.named_parameters())
+    with_tau = build("gsa")
+    with torch.no_grad():
+        for indexer in indexers_of(with_tau):
+            indexer.log_tau.zero_()
+    with_tau.load_state_dict(model.state_dict(), strict=False)
+    idx = tokens(2, 30)
+    assert_close("index loss", model(idx, idx).index_loss, with_tau(idx, idx).index_loss, 1e-12)
+    model(idx, idx).index_loss.backward()
+    assert all(indexer.wq.weight.grad.abs().max() > 0 for indexer in indexers_of(model))
+
+
 def test_arms_differ_by_switches_only():
     configs = {arm: asdict(GSAConfig.arm(arm)) for arm in ARMS}
     assert configs["dense"]["sparse"] is False
@@ -766,6 +808,9 @@ def test_flops_are_those_of_a_loop_over_positions(arm, warmup, dims):
     dict(index_activation="tanh"),
     dict(n_sink=3, n_local=2),
     dict(block_size=-1),
+    dict(look_back=1.0),
+    dict(look_back=-1.0, qkv_bias=True),
+    dict(look_back=1.0, qkv_bias=True, block_size=4),
 ])
 def test_impossible_configs_raise(dims):
     with pytest.raises(ValueError):

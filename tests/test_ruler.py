@@ -24,7 +24,7 @@ import ruler_tasks
 import texts
 import train
 from configurator import UserError
-from results import as_read
+from eval_results import as_read
 from scoring import Answer
 from tokenizer import Tokenizer
 

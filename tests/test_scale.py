@@ -204,11 +204,11 @@ def test_a_dry_run_needs_neither_data_nor_gpu_and_counts_every_parameter(capsys)
         counts = [float(x) for x in re.findall(r"(\d+\.\d\d)M", lines[name])]
         total = sum(counts) - (n / 1e6 if name == "parameters" else 0)
         assert total == pytest.approx(n / 1e6, abs=0.03)
-    assert "3200 steps of 2,048" in lines["tokens"]
+    assert "2400 steps of 2,048" in lines["tokens"]
     assert "nowhere is not there" in lines["data"]
-    assert "windows of 128 tokens" in lines["steps 0-1000"]
-    assert "warm-up" in lines["steps 1000-1200"]
-    assert "sparse" in lines["steps 1200-3200"]
+    assert "windows of 128 tokens" in lines["steps 0-800"]
+    assert "warm-up" in lines["steps 800-1000"]
+    assert "sparse" in lines["steps 1000-2400"]
     parts = [float(size) for name, size in lines.items()
              if name[:2] == "  " and name not in ("  in all", "  one layer")]
     assert len(parts) == 8

@@ -1,6 +1,7 @@
 # make demo    prepare, train, sample and evaluate on one CPU
 # make test    the tests
 # make soak    twenty minutes of kills, lost ranks, full disks and damaged files
+# make study   eight hours: which of the paper's claims hold; goes on where it was stopped
 # make bench   the benchmarks
 # Each sets up .venv by itself. A second demo in the same folder needs leave to replace the first:
 #     make demo DEMO_FLAGS=--overwrite
@@ -12,8 +13,9 @@ DEMO_FLAGS ?=
 EVAL_FLAGS ?= --max_tokens=200000
 
 SOAK_FLAGS ?= --seed=0
+STUDY_FLAGS ?=
 
-.PHONY: demo test soak bench clean
+.PHONY: demo test soak study bench clean
 
 .venv/ready: requirements.txt requirements-dev.txt requirements-extra.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +35,10 @@ soak: .venv/ready
 	$(BIN)/python tests/soak_training.py $(SOAK_FLAGS)
 	$(BIN)/python tests/soak_ranks.py $(SOAK_FLAGS)
 	$(BIN)/python tests/fault_injection.py --seconds=300 $(SOAK_FLAGS)
+
+study: .venv/ready
+	$(BIN)/python study.py $(STUDY_FLAGS)
+	$(BIN)/python study.py --table --plot
 
 bench: .venv/ready
 	$(BIN)/python bench.py

@@ -160,7 +160,7 @@ def look_back(q_bias, k_bias, rope, strength):
     Fill the biases of q (H·d) and k (G·d), in place: head h then prefers the key h + 1 tokens
     before the query, whatever the tokens are. With θ_i the speeds of rope's pairs, the biases add
         strength² · Σ_i cos(θ_i · (distance - (h + 1)))
-    to q·k, over the faster half of the pairs. The slower ones see no difference between neighbours.
+    to q·k, over the faster half of the pairs: the slower ones cannot tell neighbours apart.
     """
     width = 2 * rope.cos.size(-1)
     fast = width // 4  # pairs i = 0 … fast - 1; their two halves are i and width/2 + i

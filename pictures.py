@@ -211,3 +211,66 @@ def draw_comparison(plt, arms):
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     return figure
+
+
+def draw_groups(plt, panels):
+    """
+    Mean and standard deviation of each group, with a dot for each value; a panel per number.
+    panels: {label of the number: {group: [its values]}}. A group may have no values.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False,
+                                layout="constrained")
+    for ax, (label, groups) in zip(axes[0], panels.items()):
+        for i, values in enumerate(groups.values()):
+            ax.plot([i] * len(values), values, "o", ms=4, alpha=0.6, color=f"C{i}")
+            if values:
+                mean, error = mean_and_error(values)
+                ax.errorbar(i + 0.15, mean, error, fmt="s", capsize=5, color=f"C{i}")
+        ax.set_xticks(range(len(groups)), groups, fontsize="small")
+        ax.margins(0.2)
+        ax.set(title=label)
+        ax.grid(alpha=0.3, axis="y")
+    return figure
+
+
+def mean_and_error(values):
+    """Mean and standard deviation, 0 of one value."""
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
+
+
+def draw_against(plt, name, x, panels):
+    """
+    Numbers against a setting, with standard deviations. x: its values. panels: {label of the
+    number: {variant: [its values]}}, a variant for each x.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False,
+                                layout="constrained")
+    for ax, (label, variants) in zip(axes[0], panels.items()):
+        points = [(at, *mean_and_error(values)) for at, values in zip(x, variants.values())
+                  if values]
+        if points:
+            ax.errorbar(*zip(*points), fmt="o-", capsize=4)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.set(title=label, xlabel=name)
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def draw_lines(plt, variants):
+    """
+    Loss by the number of tokens seen, the mean over the runs of each variant.
+    variants: {name: [[[tokens seen, loss], …] of a run, …]}.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, runs in variants.items():
+        if runs:
+            seen, loss = np.mean(runs, 0).T  # (buckets,) each
+            axes.plot(seen, loss, "o-", ms=3, lw=1, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set(xlabel="tokens seen (up to)", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+    return figure

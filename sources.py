@@ -75,17 +75,17 @@ class Source(NamedTuple):
 
 def passkey_document(rng, filler):
     """
-    A synthetic document from which looking up is learnt: 1 to 4 facts, told one after the other
-    between many questions. A question is the fact once more, predictable from its "=" on.
+    A synthetic document from which looking up is learnt: 1 to 4 facts, and many questions. A
+    question is the fact once more, predictable from its "=" on. Lines stand at irregular distances,
+    or a model would learn the distances instead of looking up.
 
-    Lines stand at irregular distances, or a model would learn the distances instead of looking up.
-    In four of five documents a few dots keep them apart, and most of these documents are short:
-    they teach looking up. In the others stretches of `filler` (a text of at least 450 characters)
-    keep them apart: they teach reaching far.
+    Four of five documents teach looking up: most are short, and a few dots keep the lines apart.
+    The fifth teaches reaching far, see far_document. filler: a text of at least 450 characters.
     """
-    far = rng.random() < 0.2
-    length = rng.randint(300, 700) if far else 40 * 8 ** rng.random()
     facts = dict(random_passkey(rng) for _ in range(rng.choice((1, 2, 3, 4))))
+    if rng.random() < 0.2:
+        return far_document(rng, facts, filler)
+    length = 40 * 8 ** rng.random()
     untold = list(facts)
     told = []
     text = ""
@@ -95,13 +95,20 @@ def passkey_document(rng, filler):
             told.append(name)
         else:
             name = rng.choice(told)
-        if not far:
-            text += rng.randint(0, 6) * "." + "\n"
-        elif rng.random() < 0.3:
-            stretch = rng.randint(30, 450)
-            at = rng.randint(0, len(filler) - stretch)
-            text += filler[at:at + stretch] + "\n"
-        text += passkey_line(name, facts[name])
+        text += rng.randint(0, 6) * "." + "\n" + passkey_line(name, facts[name])
+    return text
+
+
+def far_document(rng, facts, filler):
+    """All facts {name: key}, then rounds: a stretch of filler, and each fact is asked once."""
+    length = rng.randint(300, 700)
+    text = "".join(passkey_line(name, facts[name]) for name in facts)
+    while len(text) < length:
+        stretch = rng.randint(30, 450)
+        at = rng.randint(0, len(filler) - stretch)
+        text += filler[at:at + stretch] + "\n"
+        for name in rng.sample(list(facts), len(facts)):
+            text += passkey_line(name, facts[name])
     return text
 
 

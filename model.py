@@ -62,7 +62,9 @@ class GSAConfig:
     output_gate: bool = True  # Eq. 10
     gate_bias_init: float = 0.5  # σ(0.5) = 0.62
     identity_init: bool = False  # wo and mlp.down begin at 0: each block passes its input on
-    look_back: float = 0.0  # > 0: how sharply head h begins by looking h + 1 tokens back; layer 0
+    # above 0, head h of the first layer begins by attending to the token h + 1 places back;
+    # the larger, the more sharply (layers.look_back)
+    look_back: float = 0.0
     n_index_head: int = 4  # Hi
     d_index: int = 64  # di
     index_activation: str = "sigmoid"  # "relu": the indexer of DeepSeek's DSA

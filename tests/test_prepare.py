@@ -825,3 +825,14 @@ def test_passkey_documents_can_be_answered():
                 assert facts.setdefault(name, key) == key
             lines += 1
     assert told_again > lines / 3
+
+
+def test_a_far_document_asks_every_fact_behind_each_stretch():
+    facts = {"AB": "x1y2", "CD": "a0b0", "EF": "9999"}
+    for seed in range(20):
+        text = sources.far_document(random.Random(seed), facts, "filler " * 70)
+        told, *rounds = re.split("[filer ]{30,450}\n", text)
+        assert told == "AB=x1y2\nCD=a0b0\nEF=9999\n"
+        assert len(rounds) >= 1
+        for asked in rounds:
+            assert sorted(asked.split("\n")) == ["", *told.split()], seed

@@ -15,11 +15,11 @@ import os
 import textwrap
 from typing import NamedTuple
 
-from compare import difference, mean_and_std
+from compare import difference, mean_and_std, table_lines
 from configurator import UserError, duration, replacing, say
 from model import ARMS
 from pictures import draw_against, draw_groups, draw_lines, save_picture
-from variants import BUDGETS, PARTS, RATES, VARIANTS
+from variants import BUDGETS, LENGTHS, PARTS, RATES, VARIANTS
 
 BEGIN = "<!-- written by: python study.py --table -->"
 END = "<!-- end of what that command writes -->"
@@ -85,7 +85,6 @@ CLAIMS = (
 )
 
 # Of each part's table: its numbers, and variants that stand before the part's own
-LENGTHS = (512, 1024, 2048)
 TABLES = {
     "demo": ("bits_per_byte needle_accuracy_at_512 index_recall mean_k_t", ()),
     "arms": ("bits_per_byte bits_per_byte_text bits_per_byte_passkeys needle_accuracy_at_512 "
@@ -205,13 +204,6 @@ def list_of_claims(results):
     return "\n".join(wrapped) + "\n"
 
 
-def table(rows):
-    """Markdown of rows of cells; the first is the heading."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines) + "\n"
-
-
 def table_of_part(part, results):
     """A line for each variant of a part that was measured; "" if none was."""
     names, others = TABLES[part]
@@ -220,12 +212,16 @@ def table_of_part(part, results):
     for variant in dict.fromkeys((*others, *PARTS[part])):
         contents = results.get(variant, [])
         if contents:
-            seeds = [f"{content['seed']}{' broke down' * bool(content['broke_down'])}"
-                     for content in contents]
+            seeds = str(len(contents))
+            broken = [content for content in contents if content["broke_down"]]
+            if broken:
+                seeds += f", {len(broken)} broke down"
             steps = str(contents[0]["config"]["max_iters"])
             values = [shown(numbers(results, variant, name)) for name in names]
-            rows.append([variant, ", ".join(seeds), steps, *values])
-    return table(rows) if len(rows) > 1 else ""
+            rows.append([variant, seeds, steps, *values])
+    if len(rows) == 1:
+        return ""
+    return "\n".join(table_lines(rows)) + "\n"
 
 
 def tables_of_parts(results):

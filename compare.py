@@ -272,6 +272,15 @@ def show(column, n_seeds):
     return text + " *" if column.get("beyond_two") else text
 
 
+def table_lines(rows):
+    """Lines of markdown with aligned columns. rows: lists of cells, the heading first."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths)) + " |"
+             for cells in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return lines
+
+
 def markdown(table, arms):
     """compare.md: a column per arm. table: see tabulate; arms: see make_arms."""
     differing = table["unequal"]
@@ -292,12 +301,8 @@ def markdown(table, arms):
         measured_differently = any(name.startswith(f"{number['part']}: ") for name in differing)
         mark = "≠ " if measured_differently else ""
         rows.append([mark + label.replace("_", " "), *map(show, number["arms"], n_seeds)])
-    # 2. as wide as their widest cell
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(cells, widths)) + " |"
-             for cells in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    # 3. what is equal, what the signs mean, and what is not equal
+    lines = table_lines(rows)
+    # 2. what is equal, what the signs mean, and what is not equal
     equal = [f"{name} {shown}" for name, (_, shown) in training[0].items()
              if name not in differing]
     notes = [f"Equal in all runs: {', '.join(equal)}."] if equal else []

@@ -63,16 +63,15 @@ class Run:
             self.start = Run(self.variant.start, seed)
         self.result = f"results/{name}_{seed}.json"
         self.log = f"{OUT}/{name}_{seed}.txt"  # what the scripts print
-        self.folder = f"{OUT}/{name}_{seed}"  # of the checkpoint
-        if not self.variant.trains:
+        # the folder of its checkpoint, and what train.py is asked for
+        if self.variant.trains:
+            self.folder = f"{OUT}/{name}_{seed}"
+            origin = f"auto:{self.start.folder}" if self.start else "auto"
+            self.flags = [*self.variant.flags.replace("{seed}", str(seed)).split(),
+                          f"--seed={seed}", f"--out_dir={self.folder}", f"--init_from={origin}",
+                          "--plot=false"]
+        else:
             self.folder = self.start.folder
-        # what is asked of train.py
-        origin = "auto"
-        if self.variant.trains and self.start:
-            origin = f"auto:{self.start.folder}"
-        self.flags = [*self.variant.flags.replace("{seed}", str(seed)).split(), f"--seed={seed}",
-                      f"--out_dir={self.folder}", f"--init_from={origin}", "--plot=false"]
-        if not self.variant.trains:
             self.flags = self.start.flags
         self.config = asdict(settings(["config/gsa_demo.py", *self.flags]))
 
@@ -162,9 +161,9 @@ class Run:
 
 def main(argv):
     cfg = StudyConfig(**parse(StudyConfig, argv))
-    runs = [Run(name, seed) for name, seed in asked_for(cfg)]
     if cfg.table or cfg.plot:
         return claims.write("results", cfg.table, cfg.plot)
+    runs = [Run(name, seed) for name, seed in asked_for(cfg)]
     os.makedirs("results", exist_ok=True)
     with only_one(OUT, "study.py"):
         missing = [one for one in runs if not one.is_done()]

@@ -16,6 +16,7 @@ SHORT = "--max_iters=1200 --short_iters=400 --index_warmup_iters=500"
 SPRINT = "--muon=false --max_iters=400 --short_iters=0 --index_warmup_iters=100"
 RATES = ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
 BUDGETS = (16, 32, 64, 128, 256)  # values of k_base
+LENGTHS = (512, 1024, 2048)  # one, two and four times the demo's context
 # These read as many keys per query as `inverse` with the demo's k_base, 96: on two trained demos
 # 84.9 and 84.9 (fixed), 82.2 and 87.5 (eq8), 84.9 and 83.7 (inverse)
 FIXED = "--k_rule=fixed --k_base=104"
@@ -36,9 +37,9 @@ class Variant(NamedTuple):
 
 
 def at_lengths(more=""):
-    """Evaluations at one, two and four times the demo's context."""
+    """An evaluation at each of LENGTHS."""
     return {f"_at_{n}": f"--tasks=needle,attention --max_tokens=100000 --samples=5 "
-                        f"--block_size={n} --lengths={n} {more}" for n in (512, 1024, 2048)}
+                        f"--block_size={n} --lengths={n} {more}" for n in LENGTHS}
 
 
 def beyond_its_context(arm):

@@ -15,7 +15,7 @@ import os
 import textwrap
 from typing import NamedTuple
 
-from compare import difference, mean_and_std, table_lines
+from compare import difference, mean_and_std, plus_minus, table_lines
 from configurator import UserError, duration, replacing, say
 from model import ARMS
 from pictures import draw_against, draw_groups, draw_lines, save_picture
@@ -27,78 +27,112 @@ END = "<!-- end of what that command writes -->"
 
 class Claim(NamedTuple):
     text: str
-    whose: str  # "paper", or "ours" for a departure from it
-    measured: str
-    number: str  # its name in the results
-    arm: str  # the variant that is claimed to have
+    source: str  # "paper", or "ours" for a departure from it
+    quantity: str
+    number: str  # the quantity's name in the results
+    variant: str  # the variant that is claimed to have
     wanted: str  # "less" or "more"
     than: str  # than this variant
     parts: str  # of the study, which measure both
-    least_std: float = 0.0  # of a number that can only be seen in steps
+    least_std: float = 0.0  # floor for the deviation of a number that comes in steps
 
 
 CLAIMS = (
-    Claim("GSA predicts better than dense attention (1.7B: perplexity 6.03 → 5.70).", "paper",
-          "bits per byte, text and pass-keys", "bits_per_byte", "gsa", "less", "dense", "arms"),
-    Claim("GSA predicts text better.", "paper",
-          "bits per byte, text only", "bits_per_byte_text", "gsa", "less", "dense", "arms"),
+    Claim("GSA predicts text better than dense attention (1.7B: perplexity 6.03 → 5.70).", "paper",
+          "bits per byte of text", "bits_per_byte_text", "gsa", "less", "dense", "arms"),
+    Claim("GSA predicts documents with pass-keys better.", "paper",
+          "bits per byte of them", "bits_per_byte_passkeys", "gsa", "less", "dense", "arms"),
     Claim("GSA retrieves better (RULER at 128K: 31.7 → 62.2).", "paper",
-          "needle at 512 tokens", "needle_accuracy_at_512", "gsa", "more", "dense", "arms"),
+          "needles found at 512 tokens", "needle_accuracy_at_512", "gsa", "more", "dense", "arms"),
     Claim("GSA retrieves better beyond the length that it was trained at.", "paper",
-          "needle at 2048 tokens, YaRN", "needle_accuracy_at_2048", "gsa-yarn", "more",
-          "dense-yarn", "long,arms"),
+          "needles found at 2048 tokens, with YaRN", "needle_accuracy_at_2048", "gsa-yarn", "more",
+          "dense-yarn", "long"),
     Claim("Gates drain the attention sink (47 % → 4 %).", "paper",
           "attention on the first token", "first_token_share", "gated", "less", "dense", "arms"),
-    Claim("GSA as a whole drains it.", "paper",
-          "attention on the first token", "first_token_share", "gsa", "less", "dense", "arms"),
-    Claim("Gates improve sparse attention.", "paper",
-          "bits per byte", "bits_per_byte", "gsa", "less", "no-gates", "gates,arms"),
-    Claim("The output gate alone (G1) improves it.", "paper",
-          "bits per byte", "bits_per_byte", "G1", "less", "no-gates", "gates"),
-    Claim("The value gate alone (G2) improves it.", "paper",
-          "bits per byte", "bits_per_byte", "G2", "less", "no-gates", "gates"),
+    Claim("GSA as a whole drains the attention sink.", "paper",
+          "attention on the first token (gsa: of the selected ones)", "first_token_share",
+          "gsa", "less", "dense", "arms"),
     Claim("Gates improve dense attention.", "paper",
-          "bits per byte", "bits_per_byte", "gated", "less", "dense", "arms"),
+          "bits per byte of text", "bits_per_byte_text", "gated", "less", "dense", "arms"),
+    Claim("Gates improve sparse attention.", "paper",
+          "bits per byte of text", "bits_per_byte_text", "gsa", "less", "no-gates", "gates,arms"),
+    Claim("The output gate alone (G1) improves sparse attention.", "paper",
+          "bits per byte of text", "bits_per_byte_text", "G1", "less", "no-gates", "gates"),
+    Claim("The value gate alone (G2) improves sparse attention.", "paper",
+          "bits per byte of text", "bits_per_byte_text", "G2", "less", "no-gates", "gates"),
     Claim("GSA trains at a higher learning rate.", "paper",
-          "log10 of the largest that trains", "log10_largest_rate", "gsa, AdamW", "more",
-          "dense, AdamW", "rates", 0.14),  # rates stand 0.5 apart, and 0.5 / √12 = 0.14
+          "log10 of the largest one whose loss is within a tenth of the best",
+          "log10_largest_rate", "gsa, AdamW", "more", "dense, AdamW", "rates",
+          0.14),  # the deviation of rounding to steps of 0.5, in which rates stand: 0.5 / √12
     Claim("GSA has fewer loss spikes (−98 %).", "paper",
-          "spikes per 1,000 steps", "spikes", "gsa, AdamW", "less", "dense, AdamW", "rates"),
+          "per 1,000 steps, at the learning rates at which all arms train", "spikes",
+          "gsa, AdamW", "less", "dense, AdamW", "rates",
+          0.5),  # one spike in a seed's five runs of 400 steps
     Claim("GSA has smaller activations.", "paper",
           "largest activation", "largest_activation", "gsa", "less", "dense", "arms"),
     Claim("An adaptive budget beats a fixed one of the same mean.", "paper",
-          "bits per byte", "bits_per_byte", "inverse", "less", "fixed", "budget"),
+          "bits per byte of text", "bits_per_byte_text", "inverse", "less", "fixed", "budget"),
     Claim("`inverse` beats `eq8`, the formula as printed.", "ours",
-          "bits per byte", "bits_per_byte", "inverse", "less", "eq8", "budget"),
+          "bits per byte of text", "bits_per_byte_text", "inverse", "less", "eq8", "budget"),
     Claim("The sigmoid indexer finds more than the ReLU one.", "paper",
-          "recall", "index_recall", "fixed", "more", "relu", "indexer,budget"),
+          "recall, of the best possible", "index_recall_of_best", "fixed", "more", "relu",
+          "indexer,budget"),
     Claim("With τ the indexer gets nearer to its teacher.", "ours",
-          "KL, nats", "index_loss", "fixed", "less", "no-tau", "indexer,budget"),
+          "KL over the selected keys, nats", "index_loss", "fixed", "less", "no-tau",
+          "indexer,budget"),
     Claim("With RoPE the indexer finds more.", "ours",
-          "recall", "index_recall", "fixed", "more", "no-rope", "indexer,budget"),
+          "recall, of the best possible", "index_recall_of_best", "fixed", "more", "no-rope",
+          "indexer,budget"),
     Claim("Four indexer heads find more than one.", "ours",
-          "recall", "index_recall", "fixed", "more", "one-head", "indexer,budget"),
+          "recall, of the best possible", "index_recall_of_best", "fixed", "more", "one-head",
+          "indexer,budget"),
     Claim("An indexer that was warmed up finds more.", "ours",
-          "recall", "index_recall", "fixed", "more", "no-warmup", "indexer,budget"),
+          "recall, of the best possible", "index_recall_of_best", "fixed", "more", "no-warmup",
+          "indexer,budget"),
     Claim("GSA trains faster at 512 tokens (paper: 12 to 16 times, at 128K).", "paper",
           "tokens per second", "tokens_per_second", "gsa", "more", "dense", "arms"),
 )
 
-# Of each part's table: its numbers, and variants that stand before the part's own
-TABLES = {
-    "demo": ("bits_per_byte needle_accuracy_at_512 index_recall mean_k_t", ()),
-    "arms": ("bits_per_byte bits_per_byte_text bits_per_byte_passkeys needle_accuracy_at_512 "
-             "first_token_share largest_activation index_recall mean_k_t tokens_per_second "
-             "parameters gates_and_indexer", ()),
-    "gates": ("bits_per_byte bits_per_byte_text needle_accuracy_at_512 first_token_share "
-              "largest_activation index_recall", ("dense", "gated", "gsa")),
-    "rates": ("loss spikes_within_50_per_1000_steps largest_grad_norm largest_activation", ()),
-    "budget": ("bits_per_byte needle_accuracy_at_512 index_recall mean_k_t", ()),
-    "indexer": ("index_recall index_loss bits_per_byte needle_accuracy_at_512 mean_k_t",
-                ("fixed",)),
-    "long": (" ".join(f"{name}_at_{n}" for n in LENGTHS for name in (
-                 "needle_accuracy", "bits_per_byte", "first_token_share")), ()),
-}
+
+class Table(NamedTuple):
+    part: str
+    about: str  # what stands behind the part's name in the title
+    numbers: dict  # {heading: the number's name in the results}
+    others: tuple = ()  # variants that stand before the part's own
+
+
+BITS = {"bits/byte of text": "bits_per_byte_text", "of pass-keys": "bits_per_byte_passkeys"}
+NEEDLE = {"needle": "needle_accuracy_at_512"}
+SINK = {"on first token": "first_token_share"}
+LARGEST = {"largest activation": "largest_activation"}
+RECALL = {"recall": "index_recall", "of the best": "index_recall_of_best"}
+KEYS = {"mean k_t": "mean_k_t"}
+
+
+def by_length(number):
+    """A column for each length."""
+    return {f"at {length}": f"{number}_at_{length}" for length in LENGTHS}
+
+
+TABLES = (
+    Table("demo", "", BITS | NEEDLE | RECALL | KEYS),
+    Table("arms", "prediction", BITS | NEEDLE),
+    Table("arms", "attention", SINK | LARGEST | RECALL | KEYS),
+    Table("arms", "size and speed", {
+        "tokens/s": "tokens_per_second", "parameters": "parameters",
+        "gates and indexer": "gates_and_indexer"}),
+    Table("gates", "", BITS | NEEDLE | SINK, ("dense", "gated", "gsa")),
+    Table("rates", "", {
+        "loss": "loss", "spikes/1000": "spikes_within_50_per_1000_steps",
+        "largest gradient": "largest_grad_norm"} | LARGEST),
+    Table("budget", "prediction", BITS | NEEDLE | KEYS),
+    Table("budget", "selection", RECALL | KEYS),
+    Table("indexer", "prediction", BITS | NEEDLE, ("fixed",)),
+    Table("indexer", "selection", RECALL | {"KL": "index_loss"} | KEYS, ("fixed",)),
+    Table("long", "needle", by_length("needle_accuracy")),
+    Table("long", "bits per byte of text", by_length("bits_per_byte_text")),
+    Table("long", "attention on the first token", by_length("first_token_share")),
+)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,17 +153,20 @@ def read_results(folder):
 
 
 def numbers(results, variant, name):
-    """The values of a number of a variant, one per seed; of a seed that lacks it, none."""
+    """
+    The values of a number of a variant, one per seed; of a seed that lacks it, none. Rounded, so
+    that equal ones are: their last bits depend on the order of a sum.
+    """
     found = [content["numbers"].get(name) for content in results.get(variant, [])]
-    return [value for value in found if value is not None]
+    return [round(value, 9) for value in found if value is not None]
 
 
 def largest_rates(results):
     """
-    {"gsa, AdamW": …}: for each arm and seed, over the learning rates, the largest that trains and
-    the spikes per 1,000 steps of those that do in every arm. A rate trains if its run ends with a
-    validation loss at most a tenth above that of the arm's best rate. A seed counts when all of its
-    runs are done.
+    {"gsa, AdamW": …}: for each arm and seed, log10 of the largest learning rate that trains, and
+    the mean spikes per 1,000 steps over the rates that train in all arms. A rate trains if its
+    final validation loss is at most a tenth above the arm's lowest. Seeds that lack a run are left
+    out.
     """
     runs = {(arm, rate): {content["seed"]: content["numbers"]
                           for content in results.get(f"{arm}-{rate}", [])}
@@ -162,20 +199,23 @@ def shown(values):
     if not values:
         return "–"
     found = mean_and_std(values)
-    text = f"{found['mean']:.4g}"
-    return text if found["std"] is None else f"{text} ± {found['std']:.2g}"
+    return plus_minus(found["mean"], found["std"])
+
+
+def both_sides(claim, results):
+    """The claim's number: its values of claim.variant, and of claim.than."""
+    return [numbers(results, variant, claim.number) for variant in (claim.variant, claim.than)]
 
 
 def verdict(claim, results):
     """Does it hold? In words; "" before three seeds of each side are done."""
-    sides = []
-    for variant in (claim.arm, claim.than):
-        values = numbers(results, variant, claim.number)
-        if len(values) < 3:
-            return ""
-        side = mean_and_std(values)
-        sides.append(side | {"std": max(side["std"], claim.least_std)})
-    found = difference(*sides)
+    sides = both_sides(claim, results)
+    if min(map(len, sides)) < 3:
+        return ""
+    summaries = [mean_and_std(values) for values in sides]
+    for side in summaries:
+        side["std"] = max(side["std"], claim.least_std)
+    found = difference(*summaries)
     if not found["beyond_two"]:
         return "cannot be seen at this scale"
     more = found["difference"] > 0
@@ -188,13 +228,12 @@ def list_of_claims(results):
     missing = []
     for claim in CLAIMS:
         word = verdict(claim, results)
-        sides = []
-        for variant in (claim.arm, claim.than):
-            values = numbers(results, variant, claim.number)
-            sides.append(f"{variant} {shown(values)} (n={len(values)})")
         if word:
-            entries.append(f"- {word}: {claim.text} [{claim.whose}] {claim.measured}: {sides[0]}, "
-                           f"{sides[1]}; `--only={claim.parts}`")
+            first, second = [f"{shown(values)} (n={len(values)})"
+                             for values in both_sides(claim, results)]
+            entries.append(f"- {word}: {claim.text} [{claim.source}] {claim.quantity}: "
+                           f"{claim.variant} {first}, {claim.than} {second}; "
+                           f"`--only={claim.parts}`")
         else:
             missing.append(claim.text[:-1])
     if missing:
@@ -204,12 +243,10 @@ def list_of_claims(results):
     return "\n".join(wrapped) + "\n"
 
 
-def table_of_part(part, results):
-    """A line for each variant of a part that was measured; "" if none was."""
-    names, others = TABLES[part]
-    names = names.split()
-    rows = [["variant", "seeds", "steps", *(name.replace("_", " ") for name in names)]]
-    for variant in dict.fromkeys((*others, *PARTS[part])):
+def rows_of(table, results):
+    """The lines of a table, one for each variant that was measured; [] if none was."""
+    rows = [["variant", "seeds", "steps", *table.numbers]]
+    for variant in dict.fromkeys((*table.others, *PARTS[table.part])):
         contents = results.get(variant, [])
         if contents:
             seeds = str(len(contents))
@@ -217,19 +254,20 @@ def table_of_part(part, results):
             if broken:
                 seeds += f", {len(broken)} broke down"
             steps = str(contents[0]["config"]["max_iters"])
-            values = [shown(numbers(results, variant, name)) for name in names]
+            values = [shown(numbers(results, variant, name)) for name in table.numbers.values()]
             rows.append([variant, seeds, steps, *values])
-    if len(rows) == 1:
-        return ""
-    return "\n".join(table_lines(rows)) + "\n"
+    return table_lines(rows) if len(rows) > 1 else []
 
 
 def tables_of_parts(results):
     """The content of results/tables.md."""
-    text = "Mean ± standard deviation over the seeds. Written by: python study.py --table\n"
-    for part in PARTS:
-        rows = table_of_part(part, results)
-        text += f"\n## {part}\n{rows}" if rows else ""
+    text = ("Mean ± standard deviation over the seeds that did not break down.\n"
+            "Written by: python study.py --table\n")
+    for table in TABLES:
+        title = f"{table.part}: {table.about}" if table.about else table.part
+        lines = rows_of(table, results)
+        if lines:
+            text += f"\n## {title}\n" + "\n".join(lines) + "\n"
     trained = [content for name, variant in VARIANTS.items() if variant.trains
                for content in results.get(name, [])]
     time = duration(sum(content["seconds"] for content in trained))
@@ -267,15 +305,15 @@ def draw_pictures(results):
 
     # 1. the arms
     panels = {label: by_variant(ARMS, name) for label, name in (
-        ("needle found at 512 tokens", "needle_accuracy_at_512"),
-        ("bits per byte", "bits_per_byte"))}
+        ("needles found at 512 tokens", "needle_accuracy_at_512"),
+        ("bits per byte of text", "bits_per_byte_text"))}
     rates = by_variant([f"{arm}, AdamW" for arm in ARMS], "log10_largest_rate")
     panels["log10 of the largest learning rate"] = rates
     save_picture("assets/study_arms.png", draw_groups, panels)
     # 2. the budget
     variants = [f"k-{k}" for k in BUDGETS]
     curves = {label: by_variant(variants, name) for label, name in (
-        ("recall", "index_recall"), ("bits per byte", "bits_per_byte"))}
+        ("recall", "index_recall"), ("bits per byte of text", "bits_per_byte_text"))}
     save_picture("assets/study_budget.png", draw_against, "k_base", BUDGETS, curves)
     # 3. the loss by position at four times the context
     lines = {variant: [content[f"loss_by_position_at_{LENGTHS[-1]}"]

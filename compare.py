@@ -257,16 +257,26 @@ ONE_SEED = """An arm of one seed has no standard deviation: other seeds may diff
 arms do. Train each arm with three seeds or more (--seed=2 --out_dir=…)."""
 
 
+def plus_minus(average, std):
+    """
+    "0.968 ± 0.018": the deviation with two digits, the average to the same place. std: None of one
+    seed, 0 where all seeds agree.
+    """
+    if not std:
+        text = f"{average:,.0f}" if abs(average) >= 1000 else f"{average:.4g}"
+        return text if std is None else f"{text} ± 0"
+    places = max(0, 1 - math.floor(math.log10(std)))
+    return f"{average:,.{places}f} ± {std:,.{places}f}"
+
+
 def show(column, n_seeds):
     """
-    A number of an arm of n_seeds seeds: "0.6 ± 0.14 *". The * stands for a difference from the
+    A number of an arm of n_seeds seeds: "0.60 ± 0.14 *". The * stands for a difference from the
     first arm of more than two standard errors.
     """
     if column is None:
         return "–"
-    text = f"{column['mean']:.4g}"
-    if column["std"] is not None:
-        text += f" ± {column['std']:.2g}"
+    text = plus_minus(column["mean"], column["std"])
     if column["n"] < n_seeds:  # a seed whose perplexity is infinite, say, has no number
         text += f" ({column['n']} of {n_seeds})"
     return text + " *" if column.get("beyond_two") else text

@@ -246,7 +246,10 @@ def cell(value, form):
 
 
 def summary(result):
-    """Means over the layers, and the largest activation of all."""
+    """
+    Means over the layers, the largest activation of all, and the share that the recall is of the
+    best one that as many keys could have.
+    """
     layers = result["layers"]
     labels = {"first_token": "first_token_share", "recall": "index_recall", "k_t": "mean_k_t",
               "k_t_entropy": "k_t_entropy_correlation"}
@@ -257,6 +260,8 @@ def summary(result):
         values = layers.get(name, [None])
         if None not in values:
             found[label] = float(np.mean(values))
+    if "index_recall" in found:
+        found["index_recall_of_best"] = found["index_recall"] / float(np.mean(layers["recall_best"]))
     return found
 
 

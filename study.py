@@ -23,8 +23,8 @@ import claims
 from configurator import (UserError, did_you_mean, duration, listed, only_one, parse, replacing,
                           run, say, to_json)
 from data import differences
-from records import (about_training, changed_settings, last_evaluation, loss_by_position,
-                     read_config, read_numbers, split_text)
+from records import (about_training, changed_settings, comparable, last_evaluation, read_config,
+                     read_evaluation, split_text)
 from settings import settings
 from variants import PARTS, SEEDS, VARIANTS
 
@@ -73,7 +73,7 @@ class Run:
         else:
             self.folder = self.start.folder
             self.flags = self.start.flags
-        self.config = asdict(settings(["config/gsa_demo.py", *self.flags]))
+        self.config = comparable(asdict(settings(["config/gsa_demo.py", *self.flags])))
 
     def is_done(self):
         """Is there a result? Raises UserError if it is one of other settings."""
@@ -81,12 +81,14 @@ class Run:
             return False
         with open(self.result, encoding="utf-8") as f:
             found = json.load(f)
-        changed = differences({**found["config"], "evaluations": found["evaluations"]},
-                              {**changed_settings(self.config),
-                               "evaluations": self.variant.evaluations})
+        changed = differences(found["config"], changed_settings(self.config))
         if changed:
-            raise UserError(f"{self.result} was measured with other settings ({changed}): delete "
-                            f"it and {self.folder}")
+            raise UserError(f"{self.result} was trained with other settings ({changed}): delete it "
+                            f"and {self.folder}")
+        changed = differences(found["evaluations"], self.variant.evaluations)
+        if changed:
+            raise UserError(f"{self.result} was evaluated with other settings ({changed}): delete "
+                            "it")
         return True
 
     def call(self, script, *flags):
@@ -104,6 +106,7 @@ class Run:
             return status, f.read().splitlines()[-1]
 
     def must(self, script, *flags):
+        """Run a script. Raises UserError if it fails."""
         status, last = self.call(script, *flags)
         if status:
             self.fail(f"{script} ended with status {status}: {last}")
@@ -112,7 +115,10 @@ class Run:
         raise UserError(f"{self.name}, seed {self.seed}: {reason} (see {self.log})")
 
     def prepare(self):
-        """Prepare the data, unless it is there. Returns eval.py's --data: all of it, and apart."""
+        """
+        Prepare the data, unless they are there. Returns eval.py's --data: all documents, those with
+        pass-keys, and those without.
+        """
         data = self.config["data"]
         flags = ["--dataset=demo", f"--name={os.path.basename(data)}"]
         if data == f"data/demo_{self.seed}":
@@ -151,8 +157,9 @@ class Run:
             if not broke_down:
                 self.must("eval.py", f"--out_dir={self.folder}", f"--data={texts}",
                           *flags.split(), "--plot=false")
-                found["numbers"] |= read_numbers(self.folder, suffix)
-                found[f"loss_by_position{suffix}"] = loss_by_position(self.folder)
+                numbers, losses = read_evaluation(self.folder, suffix)
+                found["numbers"] |= numbers
+                found |= losses
         with replacing(self.result) as f:
             f.write(to_json({"variant": self.name, "seed": self.seed, "broke_down": broke_down,
                              **found}, indent=1) + "\n")

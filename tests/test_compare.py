@@ -11,7 +11,7 @@ import pytest
 import eval as evaluation
 import pictures
 import train
-from compare import SIGNS, compare, difference, mean_and_std
+from compare import SIGNS, compare, difference, mean_and_std, plus_minus
 from configurator import UserError, parse
 from model import ARMS
 
@@ -70,8 +70,8 @@ def test_arms_of_three_and_two_seeds_by_hand(tmp_path, capsys):
     # what is printed and written, into the first folder
     text = capsys.readouterr().out
     rows = rows_of(text)
-    assert rows["accuracy"] == ["0.2 ± 0.1", "0.6 ± 0.14 *"]
-    assert rows["bits per byte"] == ["2 ± 1", "3.5 ± 0.71"]
+    assert rows["accuracy"] == ["0.20 ± 0.10", "0.60 ± 0.14 *"]
+    assert rows["bits per byte"] == ["2.0 ± 1.0", "3.50 ± 0.71"]
     assert rows["seeds"] == ["3", "2"]
     assert rows["parameters"] == ["1,000", "1,300"]
     assert rows["of them gates and indexer"] == ["0", "300"]
@@ -121,7 +121,7 @@ def test_a_seed_that_lacks_a_number_is_told(tmp_path, capsys):
                for i, bits in enumerate((1.0, None, 2.0))]
     compare(folders, find_part, plot=False)
     rows = rows_of(capsys.readouterr().out)
-    assert rows["bits per byte"] == ["1.5 ± 0.71 (2 of 3)"]
+    assert rows["bits per byte"] == ["1.50 ± 0.71 (2 of 3)"]
     assert rows["accuracy"] == ["0.5 ± 0"]
 
 
@@ -155,7 +155,7 @@ def test_a_table_of_four_arms_and_three_seeds_has_at_most_120_columns(tmp_path, 
         for seed in (1, 2, 3):
             folder = tmp_path / f"{arm}_{seed}"
             bits = 1.23456 + len(arm) / 7 + seed / 300
-            folders.append(write_run(folder, arm, seed, seed / 7000 + len(arm), bits))
+            folders.append(write_run(folder, arm, seed, seed / 700 + len(arm), bits))
             content = json.loads((folder / "eval.json").read_text())
             numbers = content["results"]["needle"]
             numbers["needle_multiquery_accuracy_at_32768"] = seed / 7
@@ -373,3 +373,11 @@ def test_two_trained_runs_are_evaluated_and_compared(demo, tmp_path, capsys):
     assert "needle_accuracy_at_48" in summary and "needle_accuracy_at_64" not in summary
     with pytest.raises(UserError, match="needle: lengths '64' in .*dense, '48' in .*gsa"):
         evaluation.main(["--compare", *folders])
+
+
+@pytest.mark.parametrize("average, std, expected", [
+    (0.9675, 0.0183, "0.968 ± 0.018"), (18730.2, 412.6, "18,730 ± 413"),
+    (-2.5, 0.2887, "-2.50 ± 0.29"), (502290, 0, "502,290 ± 0"), (0.25, None, "0.25"),
+    (18730.2, None, "18,730")])
+def test_an_average_is_shown_to_the_place_of_its_deviation(average, std, expected):
+    assert plus_minus(average, std) == expected

@@ -301,6 +301,10 @@ def test_the_report_and_its_picture_leave_out_what_an_arm_does_not_have(arm, cap
     assert ("output gate" in printed) == model.config.value_gate
     summary = inspection.summary(report)
     assert ("index_recall" in summary) == model.config.sparse
+    if model.config.sparse:
+        best = np.mean(report["layers"]["recall_best"])
+        assert summary["index_recall"] <= best
+        assert summary["index_recall_of_best"] == pytest.approx(summary["index_recall"] / best)
     if arm == "sparse":  # its k_t is constant, and correlates with nothing
         assert layers["k_t_std"] == [0, 0] and report["layers"]["k_t_entropy"] == [None, None]
         assert "k_t_entropy_correlation" not in summary

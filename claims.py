@@ -101,7 +101,7 @@ class Table(NamedTuple):
     others: tuple = ()  # variants that stand before the part's own
 
 
-BITS = {"bits/byte of text": "bits_per_byte_text", "of pass-keys": "bits_per_byte_passkeys"}
+BITS = {"text bits/byte": "bits_per_byte_text", "pass-keys": "bits_per_byte_passkeys"}
 NEEDLE = {"needle": "needle_accuracy_at_512"}
 SINK = {"on first token": "first_token_share"}
 LARGEST = {"largest activation": "largest_activation"}
@@ -115,9 +115,10 @@ def by_length(number):
 
 
 TABLES = (
-    Table("demo", "", BITS | NEEDLE | RECALL | KEYS),
+    Table("demo", "", BITS | NEEDLE | KEYS),
     Table("arms", "prediction", BITS | NEEDLE),
-    Table("arms", "attention", SINK | LARGEST | RECALL | KEYS),
+    Table("arms", "attention", SINK | LARGEST),
+    Table("arms", "selection", RECALL | KEYS),
     Table("arms", "size and speed", {
         "tokens/s": "tokens_per_second", "parameters": "parameters",
         "gates and indexer": "gates_and_indexer"}),
@@ -307,8 +308,8 @@ def draw_pictures(results):
     panels = {label: by_variant(ARMS, name) for label, name in (
         ("needles found at 512 tokens", "needle_accuracy_at_512"),
         ("bits per byte of text", "bits_per_byte_text"))}
-    rates = by_variant([f"{arm}, AdamW" for arm in ARMS], "log10_largest_rate")
-    panels["log10 of the largest learning rate"] = rates
+    panels["log10 of the largest learning rate"] = {
+        arm: numbers(results, f"{arm}, AdamW", "log10_largest_rate") for arm in ARMS}
     save_picture("assets/study_arms.png", draw_groups, panels)
     # 2. the budget
     variants = [f"k-{k}" for k in BUDGETS]

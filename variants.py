@@ -17,8 +17,8 @@ SPRINT = "--muon=false --max_iters=400 --short_iters=0 --index_warmup_iters=100"
 RATES = ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
 BUDGETS = (16, 32, 64, 128, 256)  # values of k_base
 LENGTHS = (512, 1024, 2048)  # one, two and four times the demo's context
-# These read as many keys per query as `inverse` does with the demo's k_base, 96: with the weights of
-# a run of SHORT, inverse 76.2, fixed 75.8, eq8 74.0 at 128 and 77.2 at 144
+# These read as many keys per query as `inverse` with the demo's k_base, 96: with the weights of a
+# run of SHORT, inverse 76.2, fixed 75.8, eq8 74.0 at 128 and 77.2 at 144
 FIXED = "--k_rule=fixed --k_base=100"
 EQ8 = "--k_rule=eq8 --k_base=140"
 YARN = "{'rope_type':'yarn','factor':4.0,'original_max_position_embeddings':512}"

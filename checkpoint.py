@@ -319,7 +319,7 @@ def load_model(out_dir, device="cpu", backend="auto", which="last", **changes):
     """
     (model in eval mode, checkpoint dict) of a training run. which: see find_checkpoint.
     changes: settings of the model that differ from the training's, of which the weights know
-    nothing: a longer block_size, a rope_scaling. Raises UserError.
+    nothing: a longer block_size, a rope_scaling, a budget's. Raises UserError.
     """
     checkpoint = load_checkpoint(out_dir, which)
     check_backend(backend, device)

@@ -74,6 +74,9 @@ class EvalConfig:
     block_size: int = 0
     # RoPE for a longer context, see train.py --help; {} = that of training
     rope_scaling: dict = field(default_factory=dict)
+    # how many keys are selected, "{'k_rule': 'fixed', 'k_base': 48}"; what is not named is as in
+    # training: k_rule, k_base, k_min, k_max, n_sink, n_local
+    budget: dict = field(default_factory=dict)
     # context lengths in tokens, "256,512"; default: that of the model; for needles also a quarter
     # and half of it
     lengths: str = ""

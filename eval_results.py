@@ -18,7 +18,7 @@ from configurator import UserError, replacing, to_json
 from texts import identify
 
 VERSION = 2  # counted up where a part's result gets another form: older ones are not kept
-EVERY_PART = "block_size rope_scaling dtype backend"  # settings that matter to each part
+EVERY_PART = "block_size rope_scaling budget dtype backend"  # settings that matter to each part
 FILES = ("haystack", "lambada", "squad", "hotpotqa")  # settings that name a text or a file
 
 

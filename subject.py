@@ -11,12 +11,25 @@ import numpy as np
 
 import texts
 from checkpoint import check_vocabulary, find_data, load_model, read_manifest
-from configurator import UserError, listed
+from configurator import UserError, did_you_mean, listed
 from data import Data, check_ids
 from device import dtype_of, use_device
 from scoring import Batcher
 from settings import TrainConfig
 from tokenizer import open_tokenizer
+
+# settings of a model that say how many keys it selects, see attention.Budget
+BUDGET = {"k_rule": str, "k_base": int, "k_min": int, "k_max": int, "n_sink": int, "n_local": int}
+
+
+def check_budget(budget):
+    """Raises UserError if eval.py's --budget names no settings of a budget, or wrong values."""
+    for name, value in budget.items():
+        if name not in BUDGET:
+            raise UserError(f"a budget has no {name!r}{did_you_mean(name, BUDGET)}")
+        if type(value) is not BUDGET[name]:
+            raise UserError(f"budget: {name} must be of type {BUDGET[name].__name__}, it is "
+                            f"{value!r}")
 
 
 class Subject:
@@ -36,8 +49,11 @@ class Subject:
         self.dtype = dtype_of(self.device, cfg.dtype)
         longer = {"block_size": cfg.block_size, "rope_scaling": cfg.rope_scaling}
         changes = {name: value for name, value in longer.items() if value}
+        check_budget(cfg.budget)
         self.model, self.checkpoint = load_model(cfg.out_dir, self.device, cfg.backend,
-                                                 cfg.checkpoint, **changes)
+                                                 cfg.checkpoint, **changes, **cfg.budget)
+        if cfg.budget and not self.model.config.sparse:
+            raise UserError(f"{cfg.out_dir} has no indexer, so no budget: it reads all keys")
         self.trained = self.checkpoint["config"]
         self.T = self.model.config.block_size
         self.tokenizer = open_tokenizer(self.checkpoint["meta"], cfg.tokenizer)

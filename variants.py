@@ -42,6 +42,12 @@ def at_lengths(more=""):
                         f"--block_size={n} --lengths={n} {more}" for n in LENGTHS}
 
 
+def reads(k):
+    """A trained gsa that reads k keys per query; 512 are all."""
+    budget = f"{{'k_rule':'fixed','k_base':{k},'k_min':1,'k_max':512}}"
+    return Variant("", "gsa", False, {"": f"{EVALUATE} --budget={budget}"})
+
+
 def beyond_its_context(arm):
     """An arm as it was trained, with YaRN, and with YaRN and 100 more steps at 2048 tokens."""
     yarn = f"--rope_scaling={YARN}"
@@ -69,6 +75,7 @@ PARTS = {  # {part: {variant's name: Variant}}
                "fixed": Variant(f"{FIXED} {SHORT}"),
                **{f"k-{k}": Variant(f"--k_base={k} --k_min={k // 3} --k_max={k * 4 // 3} {SHORT}")
                   for k in BUDGETS}},
+    "keys": {f"gsa-reads-{k}": reads(k) for k in (16, 48, 192, 512)},
     # Recall grows with k, so all have the same fixed k; "fixed" has sigmoid, τ, RoPE, four heads
     "indexer": {"relu": Variant(f"--index_activation=relu {FIXED} {SHORT}"),
                 "no-tau": Variant(f"--index_temperature=false {FIXED} {SHORT}"),

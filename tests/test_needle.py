@@ -312,6 +312,9 @@ def test_a_haystack_is_text_or_json_in_files(tmp_path, name):
     (dict(lengths="128"), "--block_size .and --rope_scaling. make it longer"),
     (dict(lengths="8", tasks="needle", again=True), "not measured, for the reasons above: needle"),
     (dict(rope_scaling={"rope_type": "yarm"}), "^rope_scaling: rope_type 'yarm' is not one of"),
+    (dict(budget={"kbase": 4}), "^a budget has no 'kbase'; did you mean 'k_base'?"),
+    (dict(budget={"k_base": "4"}), "^budget: k_base must be of type int, it is '4'"),
+    (dict(budget={"k_rule": "eq9"}), "k_rule 'eq9' is not one of"),
 ])
 def test_wrong_needle_settings_are_refused_in_one_line(trained, settings, message):
     with pytest.raises(UserError, match=message) as refusal:
@@ -340,6 +343,24 @@ def test_evaluation_beyond_the_training_length_needs_a_flag_and_no_code(trained,
     assert losses[0] != losses[1]
     assert load_model(trained)[0].config.block_size == 64
     assert "and 71 for facts, questions and answers" in capsys.readouterr().out
+
+
+def test_an_evaluation_with_another_budget_reads_other_keys(trained):
+    """With as many keys as there are the selection holds all of the attention: recall is 1."""
+    everything = {"k_rule": "fixed", "k_base": 64, "k_max": 64}
+    found = [evaluate(trained, tasks="attention", budget=budget)["summary"]
+             for budget in ({}, everything, {"k_min": 1, "k_base": 1})]
+    own, every, few = found
+    assert few["mean_k_t"] < own["mean_k_t"] < every["mean_k_t"]
+    assert few["index_recall"] < own["index_recall"] < every["index_recall"]
+    assert every["index_recall"] == pytest.approx(1)
+    assert load_model(trained)[0].config.k_rule == "inverse"
+
+
+def test_a_dense_model_has_no_budget(demo, tmp_path):
+    train.train(config(demo, tmp_path / "dense", arm="dense", max_iters=1))
+    with pytest.raises(UserError, match="dense has no indexer, so no budget"):
+        evaluate(str(tmp_path / "dense"), budget={"k_base": 4})
 
 
 def test_a_needle_that_does_not_fit_is_skipped_with_its_reason(trained, capsys):

@@ -1,5 +1,6 @@
 """study.py and claims.py: what is run, what is kept, and that the README says what was measured."""
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ def test_readme_says_what_the_files_of_results_hold():
     assert claims.replace_list(readme, claims.list_of_claims(results)) == readme
     tables = (ROOT / "results/tables.md").read_text(encoding="utf-8")
     assert tables == claims.tables_of_parts(results)
+    # the table of its first page, too
+    numbers = re.findall(r"[\d.,]+ ± [\d.,]+(?= \|)", readme.partition("\n## ")[0])
+    assert len(numbers) >= 10 and all(f" {number} " in tables for number in numbers)
     plain = " ".join(readme.split())
     for claim in claims.CLAIMS:
         assert claim.text[:-1] in plain

@@ -19,6 +19,7 @@ from compare import difference, mean_and_std, plus_minus, table_lines
 from configurator import UserError, duration, replacing, say
 from model import ARMS
 from pictures import draw_against, draw_groups, draw_lines, save_picture
+from settings import TrainConfig
 from variants import BUDGETS, LENGTHS, PARTS, RATES, VARIANTS
 
 BEGIN = "<!-- written by: python study.py --table -->"
@@ -258,9 +259,9 @@ def rows_of(table, results):
             broken = [content for content in contents if content["broke_down"]]
             if broken:
                 seeds += f", {len(broken)} broke down"
-            steps = str(contents[0]["config"]["max_iters"])
+            steps = contents[0]["config"].get("max_iters", TrainConfig.max_iters)
             values = [shown(numbers(results, variant, name)) for name in table.numbers.values()]
-            rows.append([variant, seeds, steps, *values])
+            rows.append([variant, seeds, str(steps), *values])
     return table_lines(rows) if len(rows) > 1 else []
 
 

@@ -54,7 +54,7 @@ def test_the_parts_that_a_claim_names_measure_both_of_its_sides():
 # ---- the verdict
 
 def result(variant, seed, **numbers):
-    return {"variant": variant, "seed": seed, "config": {}, "numbers": numbers}
+    return {"variant": variant, "seed": seed, "broke_down": "", "config": {}, "numbers": numbers}
 
 
 def results_of(**values):
@@ -133,6 +133,21 @@ def test_spikes_of_a_short_run_are_counted_among_the_last_50_losses():
     stability = Stability()
     assert sum(stability.observe(loss, skipped=False) for loss in losses) == 0
     assert records.recent_spikes(losses) == 1
+
+
+def test_a_table_has_a_line_for_each_variant_that_was_measured():
+    """A setting that a run leaves at its default is not in its file: 1,000 steps."""
+    table = claims.Table("tiny", "", {"heading": "x"}, ("c", "a"))
+    found = results_of(a=[0.1, 0.2, 0.3], b=[0.5], d=[1.0])
+    found["b"][0]["config"] = {"max_iters": 7}
+    found["a"][2] |= {"numbers": {}, "broke_down": "the loss is not finite"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "PARTS", {"tiny": {"a": None, "b": None}})
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+                 for line in claims.rows_of(table, found)]
+    assert lines[0] == ["variant", "seeds", "steps", "heading"]
+    assert lines[2:] == [["a", "3, 1 broke down", "1000", "0.150 ± 0.071"],
+                         ["b", "1", "7", "0.5"]]
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path, monkeypatch):

@@ -261,7 +261,8 @@ def summary(result):
         if None not in values:
             found[label] = float(np.mean(values))
     if "index_recall" in found:
-        found["index_recall_of_best"] = found["index_recall"] / float(np.mean(layers["recall_best"]))
+        best = float(np.mean(layers["recall_best"]))
+        found["index_recall_of_best"] = found["index_recall"] / best
     return found
 
 

@@ -89,10 +89,10 @@ def test_a_number_seen_in_steps_has_a_least_deviation(least_std, expected):
 def test_largest_rate_by_hand():
     """
     Every arm but gsa trains at all rates but 1e-1, where it broke down. gsa's loss at 1e-2 is
-    within a tenth of its best, 1.0 at 1e-3; at 3e-2 it is not, and at 1e-1 it is not finite.
-    Spikes count at the rates that train in every arm: (2 + 3 + 4) / 3. Seed 2 is not complete.
+    within a tenth of its best, 1.0 at 3e-3; at 3e-2 it is not, and at 1e-1 it is not finite.
+    Spikes count at the rates that train in every arm: (3 + 4) / 2. Seed 2 is not complete.
     """
-    measured = {"1e-3": (1.0, 2), "3e-3": (1.0, 3), "1e-2": (1.05, 4), "3e-2": (1.2, 9)}
+    measured = {"3e-3": (1.0, 3), "1e-2": (1.05, 4), "3e-2": (1.2, 9)}
     results = {}
     for arm in claims.ARMS:
         for rate, (loss, spikes) in measured.items():
@@ -101,14 +101,14 @@ def test_largest_rate_by_hand():
                 result("", 1, loss=loss, spikes_within_50_per_1000_steps=spikes)]
         results[f"{arm}-1e-1"] = [result("", 1)]
     results["gsa-1e-1"] = [result("", 1, loss=None, spikes_within_50_per_1000_steps=0)]
-    results["gsa-1e-3"].append(result("", 2, loss=0.5, spikes_within_50_per_1000_steps=0))
+    results["gsa-3e-3"].append(result("", 2, loss=0.5, spikes_within_50_per_1000_steps=0))
     (found,) = claims.largest_rates(results)["gsa, AdamW"]
     assert found["seed"] == 1
     assert found["numbers"]["log10_largest_rate"] == pytest.approx(-2)
-    assert found["numbers"]["spikes"] == 3
+    assert found["numbers"]["spikes"] == 3.5
     (found,) = claims.largest_rates(results)["dense, AdamW"]
     assert found["numbers"]["log10_largest_rate"] == pytest.approx(-1.523, abs=1e-3)
-    assert found["numbers"]["spikes"] == 3
+    assert found["numbers"]["spikes"] == 3.5
 
 
 def test_rates_of_which_none_trains_have_no_number():

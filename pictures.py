@@ -241,19 +241,22 @@ def mean_and_error(values):
 def draw_against(plt, name, x, panels):
     """
     Numbers against a setting, with standard deviations. x: its values. panels: {label of the
-    number: {variant: [its values]}}, a variant for each x.
+    number: {line: [the values at each x]}}. There may be none at an x.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False,
                                 layout="constrained")
-    for ax, (label, variants) in zip(axes[0], panels.items()):
-        points = [(at, *mean_and_error(values)) for at, values in zip(x, variants.values())
-                  if values]
-        if points:
-            ax.errorbar(*zip(*points), fmt="o-", capsize=4)
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:.0f}")
+    for ax, (label, lines) in zip(axes[0], panels.items()):
+        for line, values in lines.items():
+            points = [(at, *mean_and_error(found)) for at, found in zip(x, values) if found]
+            if points:
+                ax.errorbar(*zip(*points), fmt="o-", ms=4, lw=1, capsize=4, label=line)
+        ax.set_xscale("log")
+        ax.set_xticks(x, [f"{at:g}" for at in x])
+        ax.minorticks_off()
         ax.set(title=label, xlabel=name)
         ax.grid(alpha=0.3)
+        if len(ax.containers) > 1:
+            ax.legend(fontsize="small")
     return figure
 
 

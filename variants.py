@@ -14,7 +14,7 @@ EVALUATE = "--tasks=needle,attention,stability --max_tokens=100000 --lengths=512
 SHORT = "--max_iters=1000 --short_iters=400 --index_warmup_iters=400"
 # AdamW and no short windows
 SPRINT = "--muon=false --max_iters=400 --short_iters=0 --index_warmup_iters=100"
-RATES = ("3e-3", "1e-2", "3e-2", "1e-1")
+RATES = ("1e-3", "3e-3", "1e-2", "3e-2")
 BUDGETS = (16, 32, 64, 128, 256)  # values of k_base
 LENGTHS = (512, 1024, 2048)  # one, two and four times the demo's context
 # These read as many keys per query as `inverse` with the demo's k_base, 96: with the weights of a

@@ -88,26 +88,26 @@ def test_a_number_seen_in_steps_has_a_least_deviation(least_std, expected):
 
 def test_largest_rate_by_hand():
     """
-    Every arm but gsa trains at all rates but 1e-1, where it broke down. gsa's loss at 1e-2 is
-    within a tenth of its best, 1.0 at 3e-3; at 3e-2 it is not, and at 1e-1 it is not finite.
+    Every arm but gsa trains at all rates but 3e-2, where it broke down. gsa's loss at 3e-3 is
+    within a tenth of its best, 1.0 at 1e-3; at 1e-2 it is not, and at 3e-2 it is not finite.
     Spikes count at the rates that train in every arm: (3 + 4) / 2. Seed 2 is not complete.
     """
-    measured = {"3e-3": (1.0, 3), "1e-2": (1.05, 4), "3e-2": (1.2, 9)}
+    measured = {"1e-3": (1.0, 3), "3e-3": (1.05, 4), "1e-2": (1.2, 9)}
     results = {}
     for arm in claims.ARMS:
         for rate, (loss, spikes) in measured.items():
             loss = loss if arm == "gsa" else 1.0
             results[f"{arm}-{rate}"] = [
                 result("", 1, loss=loss, spikes_within_50_per_1000_steps=spikes)]
-        results[f"{arm}-1e-1"] = [result("", 1)]
-    results["gsa-1e-1"] = [result("", 1, loss=None, spikes_within_50_per_1000_steps=0)]
-    results["gsa-3e-3"].append(result("", 2, loss=0.5, spikes_within_50_per_1000_steps=0))
+        results[f"{arm}-3e-2"] = [result("", 1)]
+    results["gsa-3e-2"] = [result("", 1, loss=None, spikes_within_50_per_1000_steps=0)]
+    results["gsa-1e-3"].append(result("", 2, loss=0.5, spikes_within_50_per_1000_steps=0))
     (found,) = claims.largest_rates(results)["gsa, AdamW"]
     assert found["seed"] == 1
-    assert found["numbers"]["log10_largest_rate"] == pytest.approx(-2)
+    assert found["numbers"]["log10_largest_rate"] == pytest.approx(-2.523, abs=1e-3)
     assert found["numbers"]["spikes"] == 3.5
     (found,) = claims.largest_rates(results)["dense, AdamW"]
-    assert found["numbers"]["log10_largest_rate"] == pytest.approx(-1.523, abs=1e-3)
+    assert found["numbers"]["log10_largest_rate"] == pytest.approx(-2)
     assert found["numbers"]["spikes"] == 3.5
 
 
@@ -155,8 +155,7 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path, monkeypatch):
     figure = pictures.draw_groups(plt, {"x": {"a": [1.0, 2.0], "b": [3.0], "c": []}})
     heights = [line.get_ydata().tolist() for line in figure.axes[0].lines]
     assert [1.0, 2.0] in heights and [1.5] in heights and [] in heights
-    figure = pictures.draw_against(plt, "k", (16, 32, 64), {"x": {"a": [1.0, 3.0], "b": [],
-                                                                  "c": [4.0]}})
+    figure = pictures.draw_against(plt, "k", (16, 32, 64), {"x": {"a": [[1.0, 3.0], [], [4.0]]}})
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[16, 2], [64, 4]]
     figure = pictures.draw_lines(plt, {"a": [[[2, 1.0], [4, 0.5]], [[2, 3.0], [4, 1.5]]], "b": []})
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[2, 2], [4, 1]]

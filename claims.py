@@ -18,7 +18,7 @@ from typing import NamedTuple
 from compare import difference, mean_and_std, plus_minus, table_lines
 from configurator import UserError, duration, replacing, say
 from model import ARMS
-from pictures import draw_against, draw_groups, draw_lines, save_picture
+from pictures import draw_against, draw_groups, save_picture
 from settings import TrainConfig
 from variants import BUDGETS, LENGTHS, PARTS, RATES, VARIANTS
 
@@ -53,6 +53,9 @@ CLAIMS = (
     Claim("GSA retrieves better beyond the length that it was trained at.", "paper",
           "needles found at 2048 tokens, with YaRN", "needle_accuracy_at_2048", "gsa-yarn", "more",
           "dense-yarn", "long"),
+    Claim("After 100 steps at four times the length, GSA retrieves better there.", "ours",
+          "needles found at 2048 tokens", "needle_accuracy_at_2048", "gsa-continued", "more",
+          "dense-continued", "long"),
     Claim("Gates drain the attention sink (47 % → 4 %).", "paper",
           "attention on the first token", "first_token_share", "gated", "less", "dense", "arms"),
     Claim("GSA as a whole drains the attention sink.", "paper",
@@ -143,6 +146,8 @@ TABLES = (
     Table("long", "needle", by_length("needle_accuracy")),
     Table("long", "bits per byte of text", by_length("bits_per_byte_text")),
     Table("long", "attention on the first token", by_length("first_token_share")),
+    Table("long", f"nats per token at {LENGTHS[-1]}, by tokens seen before", {
+        f"{seen // 2} to {seen}": f"loss_up_to_{seen}" for seen in (512, 1024, 2048)}),
 )
 
 
@@ -160,6 +165,9 @@ def read_results(folder):
         raise UserError(f"{folder} holds no results: python study.py makes them")
     for contents in found.values():
         contents.sort(key=lambda content: content["seed"])
+        for content in contents:
+            for seen, loss in content.get(f"loss_by_position_at_{LENGTHS[-1]}", []):
+                content["numbers"][f"loss_up_to_{seen}"] = loss
     return found | largest_rates(found)
 
 
@@ -283,7 +291,8 @@ def tables_of_parts(results):
                for content in results.get(name, [])]
     time = duration(sum(content["seconds"] for content in trained))
     commits = ", ".join(sorted({content["commit"][:7] for content in trained}))
-    return text + f"\n{len(trained)} trainings, {time}, of the commits {commits}.\n"
+    ending = f"{len(trained)} trainings, {time}, of the commits {commits}."
+    return f"{text}\n{textwrap.fill(ending, 98)}\n"
 
 
 def replace_list(readme, lines):
@@ -323,10 +332,12 @@ def draw_pictures(results):
     panels = {label: {"gsa": [numbers(results, f"k-{k}", name) for k in BUDGETS]}
               for label, name in (("recall", "index_recall"), ABOUT_TEXT)}
     save_picture("assets/study_budget.png", draw_against, "k_base", BUDGETS, panels)
-    # 4. the loss by position at four times the context
-    lines = {variant: [content[f"loss_by_position_at_{LENGTHS[-1]}"]
-                       for content in results.get(variant, [])] for variant in PARTS["long"]}
-    save_picture("assets/study_long.png", draw_lines, lines)
+    # 4. beyond the context of training
+    panels = {title: {arm: [numbers(results, f"{arm}-{how}", f"needle_accuracy_at_{length}")
+                            for length in LENGTHS] for arm in ("dense", "gsa")}
+              for title, how in (("needles, as trained at 512", "beyond"), ("with YaRN", "yarn"),
+                                 ("YaRN and 100 steps at 2048", "continued"))}
+    save_picture("assets/study_long.png", draw_against, "tokens", LENGTHS, panels)
 
 
 def write(folder, tables, plot):

@@ -258,22 +258,3 @@ def draw_against(plt, name, x, panels):
         if len(ax.containers) > 1:
             ax.legend(fontsize="small")
     return figure
-
-
-def draw_lines(plt, variants):
-    """
-    Loss by the number of tokens seen, the mean over the runs of each variant.
-    variants: {name: [[[tokens seen, loss], …] of a run, …]}.
-    """
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, runs in variants.items():
-        if runs:
-            seen, loss = np.mean(runs, 0).T  # (buckets,) each
-            axes.plot(seen, loss, "o-", ms=3, lw=1, label=name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="tokens seen (up to)", ylabel="nats per token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize="small")
-    return figure

@@ -22,6 +22,7 @@ LENGTHS = (512, 1024, 2048)  # one, two and four times the demo's context
 FIXED = "--k_rule=fixed --k_base=100"
 EQ8 = "--k_rule=eq8 --k_base=140"
 YARN = "{'rope_type':'yarn','factor':4.0,'original_max_position_embeddings':512}"
+ALL_KEYS = "{'k_rule':'fixed','k_base':2048,'k_min':1,'k_max':2048}"
 LONGER = (f"--block_size=2048 --rope_scaling={YARN} --batch_size=1 --max_iters=100 "
           "--short_iters=0 --index_warmup_iters=0 --warmup_iters=10 --log_interval=10 "
           "--learning_rate=3e-4 --min_lr=3e-5")
@@ -84,7 +85,9 @@ PARTS = {  # {part: {variant's name: Variant}}
                 "two-heads": Variant(f"--n_index_head=2 {FIXED} {SHORT}"),
                 "no-warmup": Variant(f"{FIXED} {SHORT} --index_warmup_iters=0"),
                 "short-warmup": Variant(f"{FIXED} {SHORT} --index_warmup_iters=100")},
-    "long": {**beyond_its_context("dense"), **beyond_its_context("gsa")},
+    "long": {**beyond_its_context("dense"), **beyond_its_context("gsa"),
+             "gsa-yarn-all": Variant("", "gsa", False, at_lengths(
+                 f"--rope_scaling={YARN} --budget={ALL_KEYS}"))},
 }
 SEEDS = {"demo": (1, 2, 3, 4, 5, 6, 7, 8)}  # of the other parts: 1, 2, 3
 VARIANTS = {name: variant for part in PARTS.values() for name, variant in part.items()}

@@ -157,8 +157,6 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path, monkeypatch):
     assert [1.0, 2.0] in heights and [1.5] in heights and [] in heights
     figure = pictures.draw_against(plt, "k", (16, 32, 64), {"x": {"a": [[1.0, 3.0], [], [4.0]]}})
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[16, 2], [64, 4]]
-    figure = pictures.draw_lines(plt, {"a": [[[2, 1.0], [4, 0.5]], [[2, 3.0], [4, 1.5]]], "b": []})
-    assert figure.axes[0].lines[0].get_xydata().tolist() == [[2, 2], [4, 1]]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").mkdir()
     claims.draw_pictures(results_of(gsa=[1.0]))

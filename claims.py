@@ -24,6 +24,7 @@ from variants import BUDGETS, LENGTHS, PARTS, RATES, VARIANTS
 
 BEGIN = "<!-- written by: python study.py --table -->"
 END = "<!-- end of what that command writes -->"
+HOLDS, FAILS, UNSEEN = "**holds**", "**does not hold**", "cannot be seen at this scale"
 
 
 class Claim(NamedTuple):
@@ -236,29 +237,30 @@ def verdict(claim, results):
         side["std"] = max(side["std"], claim.least_std)
     found = difference(*summaries)
     if not found["beyond_two"]:
-        return "cannot be seen at this scale"
+        return UNSEEN
     more = found["difference"] > 0
-    return "**holds**" if more == (claim.wanted == "more") else "**does not hold**"
+    return HOLDS if more == (claim.wanted == "more") else FAILS
 
 
 def list_of_claims(results):
-    """README's list: an entry for each claim that was measured, and one for the others."""
-    entries = []
+    """README's list: an entry for each claim that was measured, by verdict; one for the others."""
+    entries = {HOLDS: [], FAILS: [], UNSEEN: []}
     missing = []
     for claim in CLAIMS:
         word = verdict(claim, results)
         if word:
             first, second = [f"{shown(values)} (n={len(values)})"
                              for values in both_sides(claim, results)]
-            entries.append(f"- {word}: {claim.text} [{claim.source}] {claim.quantity}: "
-                           f"{claim.variant} {first}, {claim.than} {second}; "
-                           f"`--only={claim.parts}`")
+            entries[word].append(
+                f"- {word}: {claim.text} [{claim.source}] {claim.quantity}: {claim.variant} "
+                f"{first}, {claim.than} {second}; `--only={claim.parts}`")
         else:
             missing.append(claim.text[:-1])
+    lines = [*entries[HOLDS], *entries[FAILS], *entries[UNSEEN]]
     if missing:
-        entries.append(f"- not measured yet: {'; '.join(missing)}.")
-    wrapped = [textwrap.fill(entry, 94, subsequent_indent="  ", break_on_hyphens=False)
-               for entry in entries]
+        lines.append(f"- not measured yet: {'; '.join(missing)}.")
+    wrapped = [textwrap.fill(line, 94, subsequent_indent="  ", break_on_hyphens=False)
+               for line in lines]
     return "\n".join(wrapped) + "\n"
 
 

@@ -224,8 +224,8 @@ def draw_groups(plt, panels):
         for i, values in enumerate(groups.values()):
             ax.plot([i] * len(values), values, "o", ms=4, alpha=0.6, color=f"C{i}")
             if values:
-                mean, error = mean_and_error(values)
-                ax.errorbar(i + 0.15, mean, error, fmt="s", capsize=5, color=f"C{i}")
+                mean, std = mean_and_deviation(values)
+                ax.errorbar(i + 0.15, mean, std, fmt="s", capsize=5, color=f"C{i}")
         ax.set_xticks(range(len(groups)), groups, fontsize="small")
         ax.margins(0.2)
         ax.set(title=label)
@@ -233,7 +233,7 @@ def draw_groups(plt, panels):
     return figure
 
 
-def mean_and_error(values):
+def mean_and_deviation(values):
     """Mean and standard deviation, 0 of one value."""
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
 
@@ -246,10 +246,11 @@ def draw_against(plt, name, x, panels):
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5), squeeze=False,
                                 layout="constrained")
     for ax, (label, lines) in zip(axes[0], panels.items()):
-        for line, values in lines.items():
-            points = [(at, *mean_and_error(found)) for at, found in zip(x, values) if found]
+        for i, (line, values) in enumerate(lines.items()):
+            points = [(at, *mean_and_deviation(found)) for at, found in zip(x, values) if found]
             if points:
-                ax.errorbar(*zip(*points), fmt="o-", ms=4, lw=1, capsize=4, label=line)
+                ax.errorbar(*zip(*points), fmt="o-", ms=4, lw=1, capsize=4, color=f"C{i}",
+                            label=line)
         ax.set_xscale("log")
         ax.set_xticks(x, [f"{at:g}" for at in x])
         ax.minorticks_off()

@@ -121,7 +121,7 @@ class Run:
         """
         data = self.config["data"]
         flags = ["--dataset=demo", f"--name={os.path.basename(data)}"]
-        if data == f"data/demo_{self.seed}":
+        if "{seed}" in self.variant.flags:
             flags.append(f"--seed={self.seed}")
         self.must("prepare.py", *flags)
         return ",".join([data, *split_text(data)])
@@ -153,13 +153,13 @@ class Run:
             broke_down = self.train()
         found = about_training(self.folder, broke_down)
         found["evaluations"] = self.variant.evaluations
-        for suffix, flags in self.variant.evaluations.items():
-            if not broke_down:
-                self.must("eval.py", f"--out_dir={self.folder}", f"--data={texts}",
-                          *flags.split(), "--plot=false")
-                numbers, losses = read_evaluation(self.folder, suffix)
-                found["numbers"] |= numbers
-                found |= losses
+        evaluations = {} if broke_down else self.variant.evaluations
+        for suffix, flags in evaluations.items():
+            self.must("eval.py", f"--out_dir={self.folder}", f"--data={texts}", *flags.split(),
+                      "--plot=false")
+            numbers, losses = read_evaluation(self.folder, suffix)
+            found["numbers"] |= numbers
+            found |= losses
         with replacing(self.result) as f:
             f.write(to_json({"variant": self.name, "seed": self.seed, "broke_down": broke_down,
                              **found}, indent=1) + "\n")

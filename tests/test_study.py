@@ -35,9 +35,6 @@ def test_readme_says_what_the_files_of_results_hold():
     # the table of its first page, too
     numbers = re.findall(r"[\d.,]+ ± [\d.,]+(?= \|)", readme.partition("\n## ")[0])
     assert len(numbers) >= 10 and all(f" {number} " in tables for number in numbers)
-    plain = " ".join(readme.split())
-    for claim in claims.CLAIMS:
-        assert claim.text[:-1] in plain
 
 
 def test_the_parts_that_a_claim_names_measure_both_of_its_sides():
@@ -47,7 +44,7 @@ def test_the_parts_that_a_claim_names_measure_both_of_its_sides():
         if claim.variant == "gsa, AdamW":
             sides = {f"{side.partition(',')[0]}-{rate}" for side in sides for rate in claims.RATES}
         assert sides <= runs, claim
-        assert claim.wanted in ("less", "more") and claim.source in ("paper", "ours")
+        assert claim.wanted in ("less", "more") and claim.source in ("paper", "ours", "later")
     assert {table.part for table in claims.TABLES} == set(variants.PARTS)
 
 

@@ -1,7 +1,7 @@
 # make demo    prepare, train, sample and evaluate on one CPU
 # make test    the tests
 # make soak    twenty minutes of kills, lost ranks, full disks and damaged files
-# make study   eight hours: which of the paper's claims hold; goes on where it was stopped
+# make study   seven to eight hours: which of the paper's claims hold; goes on where it was stopped
 # make bench   the benchmarks
 # Each sets up .venv by itself. A second demo in the same folder needs leave to replace the first:
 #     make demo DEMO_FLAGS=--overwrite

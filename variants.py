@@ -58,7 +58,7 @@ def beyond_its_context(arm):
 
 
 PARTS = {  # {part: {variant's name: Variant}}
-    # the demo as a newcomer runs it, with other data for each seed
+    # the demo as a newcomer runs it, with other data for each seed: an hour more, if asked for
     "demo": {"demo": Variant("--data=data/demo_{seed}")},
     "arms": {arm: Variant(f"--attention={arm}") for arm in ARMS},
     # G1 is the output gate, G2 the value gate; gsa has both

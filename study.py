@@ -121,7 +121,7 @@ class Run:
         """
         data = self.config["data"]
         flags = ["--dataset=demo", f"--name={os.path.basename(data)}"]
-        if "{seed}" in self.variant.flags:
+        if data == f"data/demo_{self.seed}":  # of this variant, or of the one it starts from
             flags.append(f"--seed={self.seed}")
         self.must("prepare.py", *flags)
         return ",".join([data, *split_text(data)])

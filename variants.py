@@ -21,9 +21,9 @@ LENGTHS = (512, 1024, 2048)  # one, two and four times the demo's context
 # run of SHORT, inverse 76.2, fixed 75.8, eq8 74.0 at 128 and 77.2 at 144
 FIXED = "--k_rule=fixed --k_base=100"
 EQ8 = "--k_rule=eq8 --k_base=140"
-YARN = "{'rope_type':'yarn','factor':4.0,'original_max_position_embeddings':512}"
-ALL_KEYS = "{'k_rule':'fixed','k_base':2048,'k_min':1,'k_max':2048}"
-LONGER = (f"--block_size=2048 --rope_scaling={YARN} --batch_size=1 --max_iters=100 "
+YARN = ("--rope_scaling="
+        "{'rope_type':'yarn','factor':4.0,'original_max_position_embeddings':512}")
+LONGER = (f"--block_size=2048 {YARN} --batch_size=1 --max_iters=100 "
           "--short_iters=0 --index_warmup_iters=0 --warmup_iters=10 --log_interval=10 "
           "--learning_rate=3e-4 --min_lr=3e-5")
 
@@ -43,18 +43,16 @@ def at_lengths(more=""):
                         f"--block_size={n} --lengths={n} {more}" for n in LENGTHS}
 
 
-def reads(k):
-    """A trained gsa that reads k keys per query; 512 are all."""
-    budget = f"{{'k_rule':'fixed','k_base':{k},'k_min':1,'k_max':512}}"
-    return Variant("", "gsa", False, {"": f"{EVALUATE} --budget={budget}"})
+def reading(k, context=512):
+    """eval.py's flag: each query reads k of at most `context` keys."""
+    return f"--budget={{'k_rule':'fixed','k_base':{k},'k_min':1,'k_max':{context}}}"
 
 
 def beyond_its_context(arm):
     """An arm as it was trained, with YaRN, and with YaRN and 100 more steps at 2048 tokens."""
-    yarn = f"--rope_scaling={YARN}"
     return {f"{arm}-beyond": Variant("", arm, False, at_lengths()),
-            f"{arm}-yarn": Variant("", arm, False, at_lengths(yarn)),
-            f"{arm}-continued": Variant(f"--attention={arm} {LONGER}", arm, True, at_lengths(yarn))}
+            f"{arm}-yarn": Variant("", arm, False, at_lengths(YARN)),
+            f"{arm}-continued": Variant(f"--attention={arm} {LONGER}", arm, True, at_lengths(YARN))}
 
 
 PARTS = {  # {part: {variant's name: Variant}}
@@ -76,7 +74,9 @@ PARTS = {  # {part: {variant's name: Variant}}
                "fixed": Variant(f"{FIXED} {SHORT}"),
                **{f"k-{k}": Variant(f"--k_base={k} --k_min={k // 3} --k_max={k * 4 // 3} {SHORT}")
                   for k in BUDGETS}},
-    "keys": {f"gsa-reads-{k}": reads(k) for k in (16, 48, 192, 512)},
+    # a trained gsa that reads other keys than in training; 512 are all
+    "keys": {f"gsa-reads-{k}": Variant("", "gsa", False, {"": f"{EVALUATE} {reading(k)}"})
+             for k in (16, 48, 192, 512)},
     # Recall grows with k, so all have the same fixed k; "fixed" has sigmoid, τ, RoPE, four heads.
     # Another number of heads changes all initial weights, which come from one random stream
     "indexer": {"relu": Variant(f"--index_activation=relu {FIXED} {SHORT}"),
@@ -87,8 +87,8 @@ PARTS = {  # {part: {variant's name: Variant}}
                 "no-warmup": Variant(f"{FIXED} {SHORT} --index_warmup_iters=0"),
                 "short-warmup": Variant(f"{FIXED} {SHORT} --index_warmup_iters=100")},
     "long": {**beyond_its_context("dense"), **beyond_its_context("gsa"),
-             "gsa-yarn-all": Variant("", "gsa", False, at_lengths(
-                 f"--rope_scaling={YARN} --budget={ALL_KEYS}"))},
+             "gsa-yarn-all": Variant("", "gsa", False,
+                                     at_lengths(f"{YARN} {reading(2048, context=2048)}"))},
 }
 SEEDS = {"demo": (1, 2, 3, 4, 5, 6, 7, 8)}  # of the other parts: 1, 2, 3
 VARIANTS = {name: variant for part in PARTS.values() for name, variant in part.items()}

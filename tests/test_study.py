@@ -35,6 +35,9 @@ def test_readme_says_what_the_files_of_results_hold():
     # the table of its first page, too
     numbers = re.findall(r"[\d.,]+ ± [\d.,]+(?= \|)", readme.partition("\n## ")[0])
     assert len(numbers) >= 10 and all(f" {number} " in tables for number in numbers)
+    plain = " ".join(readme.split())
+    for claim in claims.CLAIMS:
+        assert claim.text[:-1] in plain
 
 
 def test_the_parts_that_a_claim_names_measure_both_of_its_sides():
@@ -72,7 +75,8 @@ def test_a_verdict_needs_two_standard_errors_and_three_seeds(a, wanted, expected
     standard errors are 0.163: 0.2 ± 0.1 lies beyond, 0.5 does not, and two seeds are too few.
     """
     claim = Claim("a has less", "ours", "x", "x", "a", wanted, "b", "arms")
-    assert claims.verdict(claim, results_of(a=a, b=[0.4, 0.5, 0.6])) == expected
+    found = claims.compared(claim, results_of(a=a, b=[0.4, 0.5, 0.6]))
+    assert claims.verdict(claim, found) == expected
 
 
 @pytest.mark.parametrize("least_std, expected", [
@@ -80,7 +84,8 @@ def test_a_verdict_needs_two_standard_errors_and_three_seeds(a, wanted, expected
 def test_a_number_seen_in_steps_has_a_least_deviation(least_std, expected):
     """Sides of equal seeds, 0.2 apart. 2 · √(2 · least_std² / 3) is 0.163 and 0.229."""
     claim = Claim("a has less", "ours", "x", "x", "a", "less", "b", "arms", least_std)
-    assert claims.verdict(claim, results_of(a=[0.3] * 3, b=[0.5] * 3)) == expected
+    found = claims.compared(claim, results_of(a=[0.3] * 3, b=[0.5] * 3))
+    assert claims.verdict(claim, found) == expected
 
 
 def test_largest_rate_by_hand():
